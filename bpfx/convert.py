@@ -1,0 +1,90 @@
+"""The front door: ``bpfx.convert`` and ``bpfx.plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from bpfx.compiler import Compiler
+from bpfx.errors import BpfxError
+from bpfx.losses import LocalLoss
+from bpfx.offset import Offset
+from bpfx.passes.partition import Blocks
+from bpfx.plan import Plan
+from bpfx.step import Step
+
+LossFn = Callable[..., Tensor]
+
+
+def convert(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    batch: Any,
+    *,
+    blocks: Blocks = "auto",
+    memory_budget: int | str | None = None,
+    local_loss: str | LocalLoss = "supervised",
+    horizon: int = 1,
+    offset: Offset | None | str = "default",
+    compile: str = "eager",
+) -> Step:
+    """Cut a model into blocks and return the step that trains it.
+
+    Args:
+        model: any module, in any device and dtype; it is never changed. A model whose root is in eval mode is captured
+            in train mode.
+        loss_fn: ``loss_fn(output, target) -> scalar``; ``None`` for a model that returns its loss, an object with
+            ``.loss``, or a mapping with ``"loss"``.
+        batch: an example batch: ``(inputs, targets)`` with a ``loss_fn`` (inputs a tensor, a tuple or a dict),
+            otherwise what the model is called with. The step takes batches of any size with the same structure.
+        blocks: ``"auto"`` (the fewest blocks whose local step stays below 22 % of plain BP's predicted peak, at most
+            16), a count, a list of module names that each begin a new block, or a policy that chooses among
+            :class:`bpfx.passes.partition.CutPoint`.
+        memory_budget: bytes or ``"2GiB"``: the fewest blocks whose steps' predicted peak fits. Excludes ``blocks``.
+        local_loss: name or instance from :mod:`bpfx.losses`.
+        horizon: how many blocks a local loss sees before its head; 1 is greedy, the number of blocks is BP.
+        offset: :class:`bpfx.Offset`, by default ``Offset()``; ``None`` for plain local training.
+        compile: ``"eager"`` (the default: nothing to wait for) or ``"inductor"``.
+
+    Raises:
+        BpfxError: anything the caller can put right, in plain words.
+
+    Example:
+        >>> import torch, bpfx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x, y = torch.randn(6, 4), torch.randint(0, 2, (6,))
+        >>> step = bpfx.convert(net, torch.nn.functional.cross_entropy, (x, y), blocks=2)
+        >>> optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+        >>> loss = step(x, y); loss.backward(); optimizer.step()
+        >>> net[0].weight.grad.shape
+        torch.Size([8, 4])
+    """
+    chosen = Offset() if offset == "default" else offset
+    if chosen is not None and not isinstance(chosen, Offset):
+        raise BpfxError(f"offset={offset!r}: pass bpfx.Offset(…), or None for plain local training")
+    compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon, compile)
+    return Step(compiler, chosen)
+
+
+def plan(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    batch: Any,
+    *,
+    blocks: Blocks = "auto",
+    memory_budget: int | str | None = None,
+    local_loss: str | LocalLoss = "supervised",
+    horizon: int = 1,
+) -> Plan:
+    """What :func:`convert` would do and cost, as a printable table; nothing is trained. Arguments as there.
+
+    Example:
+        >>> import torch, bpfx
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> pair = torch.randn(6, 4), torch.randint(0, 2, (6,))
+        >>> len(bpfx.plan(net, torch.nn.functional.cross_entropy, pair, blocks=2).blocks)
+        2
+    """
+    return Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon).plan

@@ -1,0 +1,248 @@
+"""Local losses: how a block is told what to do. A registry by name; the auxiliary heads live here too.
+
+A local loss builds one head per boundary and returns a scalar. ``"supervised"`` (Belilovsky et al., 2019, and
+logit-lens heads for language models) puts a prediction head on the block's output and applies the model's own loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bpfx.errors import BpfxError, suggest
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """What crosses a boundary: one tensor.
+
+    Attributes:
+        name: of the value in the graph.
+        shape: in the example batch.
+        batch_dim: the dimension that counts samples.
+        channel_dim: the dimension that counts features.
+        dtype, device: of the value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    batch_dim: int
+    channel_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.channel_dim]
+
+    @property
+    def kind(self) -> str:
+        """``vector``, ``tokens`` (features last) or ``image`` (features anywhere, two or more positions)."""
+        if len(self.shape) == 2:
+            return "vector"
+        return "tokens" if len(self.shape) == 3 and self.channel_dim == 2 else "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A prediction that the loss is computed from: its shape in the example batch and its batch dimension."""
+
+    shape: tuple[int, ...]
+    batch_dim: int | None
+
+
+@dataclasses.dataclass
+class HeadContext:
+    """Everything a local loss may use to build a head.
+
+    Attributes:
+        features: what the head reads.
+        targets: what it has to predict.
+        tail: a copy of the model's own last layers for these features, where the shapes allow.
+        last_linear: weight and bias of the model's own last linear layer.
+    """
+
+    features: list[Feature]
+    targets: list[Target]
+    tail: TailHead | None
+    last_linear: tuple[Tensor, Tensor | None] | None
+
+
+class Head(nn.Module):
+    """An auxiliary head: ``forward(*features, *inputs)`` returns predictions shaped like the model's own.
+
+    Attributes:
+        inputs: indices of the user inputs it reads beside the features.
+        description: one short line for the plan.
+        borrows: whether it reads weights of the model (without a gradient).
+    """
+
+    inputs: tuple[int, ...] = ()
+    description: str = ""
+    borrows: bool = False
+
+
+class TailHead(Head):
+    """The model's own last layers, copied (or read without a gradient where a copy would outweigh the block).
+
+    Args:
+        program: called with ``(feature, *inputs, *weights)``.
+        weights: ``(name, tensor, copied)`` for every weight, in the program's order.
+        borrow: looks up the current value of a weight that is not copied.
+    """
+
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        inputs: Sequence[int],
+        weights: Sequence[tuple[str, Tensor, bool]],
+        borrow: Callable[[str], Tensor],
+    ) -> None:
+        super().__init__()
+        self.__dict__["program"] = program  # it owns no weights; they are this head's
+        self.inputs = tuple(inputs)
+        self._order: list[tuple[str, bool]] = []
+        self._borrow = borrow
+        borrowed = 0
+        for name, tensor, copied in weights:
+            key = name.replace(".", "_")
+            if not copied:
+                self._order.append((name, False))
+                borrowed += 1
+                continue
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(key, nn.Parameter(tensor.detach().clone()))
+            else:
+                self.register_buffer(key, tensor.detach().clone())
+            self._order.append((key, True))
+        self.borrows = borrowed > 0
+        self.description = "copy of the model's last layers" + (f", {borrowed} weights borrowed" if borrowed else "")
+
+    def forward(self, *values: Tensor) -> Tensor:
+        weights = [getattr(self, key) if own else self._borrow(key).detach() for key, own in self._order]
+        return self.program(*values, *weights)
+
+
+class LinearHead(Head):
+    """Normalise (tokens), pool, one linear layer: a prediction of any shape from features of any kind.
+
+    Images are averaged over their positions, or mapped by a 1×1 convolution and resized where the prediction is dense;
+    tokens are normalised and averaged, or mapped one by one where the prediction has one entry per token.
+    """
+
+    def __init__(self, features: Sequence[Feature], targets: Sequence[Target]) -> None:
+        super().__init__()
+        first = features[0]
+        self.features, self.targets = list(features), list(targets)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(f.channels) if f.kind == "tokens" else nn.Identity() for f in self.features
+        )
+        width = sum(f.channels for f in self.features)
+        self.linears = nn.ModuleList(nn.Linear(width, _outputs(t, self._form(t))) for t in self.targets)
+        forms = ", ".join(dict.fromkeys(self._form(t) for t in self.targets))
+        self.description = f"{first.kind} {width} → {forms} linear"
+        self.to(device=first.device, dtype=first.dtype if first.dtype.is_floating_point else None)
+
+    def _form(self, target: Target) -> str:
+        """How the positions of the features become those of the prediction."""
+        single = len(self.features) == 1
+        if single and len(target.shape) == 4 and self.features[0].kind == "image" and len(self.features[0].shape) == 4:
+            return "dense"
+        if self.features[0].kind == "tokens" and all(f.kind == "tokens" for f in self.features):
+            batch, length = self.features[0].shape[:2]
+            if len(target.shape) == 3:
+                return "per token"
+            if len(target.shape) == 2 and target.batch_dim is None and target.shape[0] == batch * length:
+                return "per token, flat"
+        return "pooled"
+
+    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        rows = [
+            norm(v.movedim((f.batch_dim, f.channel_dim), (0, -1)))
+            for v, f, norm in zip(values, self.features, self.norms, strict=True)
+        ]
+        results = tuple(self._predict(rows, t, linear) for t, linear in zip(self.targets, self.linears, strict=True))
+        return results[0] if len(results) == 1 else results
+
+    def _predict(self, rows: list[Tensor], target: Target, linear: nn.Module) -> Tensor:
+        form = self._form(target)
+        if form == "dense":
+            image = linear(rows[0]).movedim(-1, 1)
+            return F.interpolate(image, size=target.shape[2:], mode="bilinear", align_corners=False)
+        if form.startswith("per token"):
+            tokens = linear(torch.cat(rows, -1))
+            if form.endswith("flat"):
+                return tokens.flatten(0, 1)
+            if self.features[0].shape[1] != target.shape[1]:
+                # Another sequence than the predicted one (an encoder's): resize along the tokens.
+                tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), target.shape[1]).transpose(1, 2)
+            return tokens
+        pooled = torch.cat([r.flatten(1, -2).mean(1) if r.dim() > 2 else r for r in rows], -1)
+        flat = linear(pooled)
+        shape = list(target.shape)
+        dim = target.batch_dim if target.batch_dim is not None else 0
+        rest = shape[:dim] + shape[dim + 1 :]
+        return flat.reshape(flat.shape[0], *rest).movedim(0, dim)
+
+
+def _outputs(target: Target, form: str) -> int:
+    if form == "dense":
+        return target.shape[1]
+    if form.startswith("per token"):
+        return target.shape[-1]
+    dim = target.batch_dim if target.batch_dim is not None else 0
+    return math.prod(target.shape[:dim] + target.shape[dim + 1 :])
+
+
+class Supervised:
+    """The task loss on the prediction of a head (greedy local learning).
+
+    The head starts as a copy of the model's own last layers where a block's output has the shape they expect, and is
+    a pooled linear map otherwise (its weights the model's own where at least those fit).
+
+    Source: Belilovsky, Eickenberg, Oyallon, *Greedy Layerwise Learning Can Scale to ImageNet*, ICML 2019.
+    """
+
+    name = "supervised"
+
+    def head(self, context: HeadContext) -> Head:
+        if context.tail is not None:
+            return context.tail
+        head = LinearHead(context.features, context.targets)
+        if context.last_linear is not None and len(head.linears) == 1:
+            linear, (weight, bias) = head.linears[0], context.last_linear
+            assert isinstance(linear, nn.Linear)
+            if linear.weight.shape == weight.shape:
+                with torch.no_grad():
+                    linear.weight.copy_(weight)
+                    linear.bias.copy_(bias if bias is not None else torch.zeros_like(linear.bias))
+                head.description += ", from the model's own"
+        return head
+
+
+LocalLoss = Supervised
+_REGISTRY: dict[str, Callable[[], LocalLoss]] = {"supervised": Supervised}
+
+
+def get(loss: str | LocalLoss) -> LocalLoss:
+    """The local loss of that name, or the instance itself.
+
+    Example:
+        >>> get("supervised").name
+        'supervised'
+
+    Raises:
+        BpfxError: no local loss has that name.
+    """
+    if isinstance(loss, str):
+        if loss not in _REGISTRY:
+            raise BpfxError(f"local_loss={loss!r} is not known; {suggest(loss, _REGISTRY)}")
+        return _REGISTRY[loss]()
+    if not hasattr(loss, "head"):
+        raise BpfxError(f"local_loss={loss!r}: pass a name ({', '.join(_REGISTRY)}) or an instance from bpfx.losses")
+    return loss

@@ -1,0 +1,176 @@
+"""The offset Δ = BP gradient − local gradient: when it is measured, on what, and how it enters the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfx.errors import BpfxError
+
+Schedule = float | Callable[[int], float]
+Grads = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class Offset:
+    """How local gradients are corrected: g̃ = α · g_local + λ · Δ (Ren & Li, ICLR 2025).
+
+    At iterations t with t mod ``period`` = 0 (a *refresh*) Δ is measured anew: BP gradient minus local gradient at the
+    same weights, on the same samples, with the same random draws. In between the stored Δ is used.
+
+    Args:
+        period: iterations between refreshes (K), at least 1. A stale Δ diverges once η·λ·K·(μ−a) > 2, so K cannot be
+            chosen without the learning rate η; see docs/offset.md.
+        batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples. More need
+            ``data``.
+        micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, which keeps the
+            refresh inside the memory of one piece.
+        alpha: scale of the local gradient (α), a number or a function of the iteration. Heads are not scaled.
+        lam: scale of Δ (λ), a number, a function of the iteration, or ``"auto"``: per block the share of ‖Δ‖² that
+            the refresh's micro-batches agree on, ``1 − spread/‖Δ‖²``, at least 0 (two micro-batches or more).
+        data: an iterable of batches (a DataLoader, say) from which a refresh takes its samples where ``batch`` is
+            larger than the current batch; it is begun again when it ends.
+
+    Raises:
+        BpfxError: a value outside its range.
+
+    Example:
+        >>> Offset(period=4, lam=lambda t: 0.5 ** (t / 1000)).scale_of("lam", 1000)
+        0.5
+    """
+
+    period: int = 4
+    batch: int | None = None
+    micro_batches: int = 1
+    alpha: Schedule = 1.0
+    lam: Schedule | str = 1.0
+    data: Iterable[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("period", "micro_batches"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise BpfxError(f"Offset({name}={value!r}): pass a whole number of at least 1")
+        if self.batch is not None and (isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1):
+            raise BpfxError(f"Offset(batch={self.batch!r}): pass a number of samples of at least 1, or None")
+        for name in ("alpha", "lam"):
+            value = getattr(self, name)
+            if name == "lam" and value == "auto":
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not callable(value) and not (number and math.isfinite(value) and value >= 0):
+                words = "a number of at least 0 or a function of the iteration" + (", or 'auto'" if name == "lam" else "")
+                raise BpfxError(f"Offset({name}={value!r}): pass {words}")
+        if self.lam == "auto" and self.micro_batches < 2:
+            self.micro_batches = 2
+
+    def scale_of(self, name: str, iteration: int) -> float:
+        """α or λ at an iteration.
+
+        Raises:
+            BpfxError: the schedule returned no finite number.
+        """
+        value = getattr(self, name)
+        if callable(value):
+            result = value(iteration)
+            if not isinstance(result, (int, float)) or not math.isfinite(result):
+                raise BpfxError(f"Offset: the schedule for {name} returned {result!r} at iteration {iteration}")
+            return float(result)
+        return float(value)
+
+
+class RefreshData:
+    """Draws batches for refreshes from the caller's iterable, beginning again when it ends."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+        self._iterator: Iterator[Any] | None = None
+
+    def next(self) -> Any:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self.data)
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+        raise BpfxError("Offset(data=…) holds no batches")
+
+
+class RefreshSum:
+    """Accumulates micro-batches of a refresh: Δ, and per block what the diagnostics need."""
+
+    def __init__(self, block_of: Mapping[str, int]) -> None:
+        self.block_of = block_of
+        self.offset: Grads = {}
+        self.bp: Grads = {}
+        self.finite = True
+        self._squares: dict[int, float] = {}
+        self._pieces = 0
+        self._weights: list[float] = []
+
+    def add(self, bp: Grads, local: Grads, weight: float) -> None:
+        """Add one micro-batch's gradients, ``weight`` being its share of the samples. ``bp`` is consumed."""
+        self._pieces += 1
+        self._weights.append(weight)
+        for name in dict.fromkeys([*bp, *local]):
+            if name.startswith("heads."):
+                continue
+            g = bp.pop(name, None)
+            ell = local.get(name)
+            delta = (g - ell if ell is not None else g.clone()) if g is not None else -ell  # type: ignore[operator]
+            if g is not None:
+                self._sum(self.bp, name, g, weight)
+            block = self.block_of[name]
+            self._squares[block] = self._squares.get(block, 0.0) + weight * float(delta.square().sum())
+            self._sum(self.offset, name, delta, weight)
+
+    @staticmethod
+    def _sum(total: Grads, name: str, value: Tensor, weight: float) -> None:
+        if name in total:
+            total[name].add_(value, alpha=weight)
+        else:
+            total[name] = value if weight == 1.0 else value * weight
+
+    def finish(self, old: Mapping[str, Tensor]) -> tuple[Grads, dict[int, dict[str, float]]]:
+        """Return Δ and the statistics per block: cosine, ratio, staleness, spread."""
+        statistics: dict[int, dict[str, float]] = {}
+        for block in sorted(set(self.block_of.values())):
+            names = [n for n in self.offset if self.block_of[n] == block]
+            if not names:
+                continue
+            delta = [self.offset[n] for n in names]
+            bp = [self.bp.get(n) for n in names]
+            local = [d.neg() if g is None else g - d for d, g in zip(delta, bp, strict=True)]
+            present = [torch.zeros_like(d) if g is None else g for d, g in zip(delta, bp, strict=True)]
+            square = _dot(delta, delta)
+            previous = [old[n] for n in names if n in old]
+            statistics[block] = {
+                "cosine": _cosine(present, local),
+                "ratio": math.sqrt(square / _dot(present, present)) if _dot(present, present) > 0 else math.nan,
+                "staleness": _cosine(delta, previous) if len(previous) == len(delta) else math.nan,
+                "spread": self._spread(block, square),
+            }
+        return self.offset, statistics
+
+    def _spread(self, block: int, square: float) -> float:
+        """Share of ‖Δ‖² that is noise: the estimated squared error of the mean over ‖Δ‖²."""
+        if self._pieces < 2 or square == 0:
+            return math.nan
+        effective = 1 / sum(w * w for w in self._weights)
+        variance = max(self._squares[block] - square, 0.0)  # of one piece around the mean, biased
+        return variance / (effective - 1) / square if effective > 1 else math.nan
+
+
+def _dot(first: list[Tensor], second: list[Tensor]) -> float:
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
+
+
+def _cosine(first: list[Tensor], second: list[Tensor]) -> float:
+    norms = math.sqrt(_dot(first, first) * _dot(second, second))
+    return _dot(first, second) / norms if norms > 0 else math.nan

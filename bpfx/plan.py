@@ -1,0 +1,125 @@
+"""The plan: what the compiler decided, and what it will cost. Nothing is trained to make it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from bpfx.memory import format_bytes
+
+
+@dataclasses.dataclass
+class Crossing:
+    """A value at the edge of a block: its name in the graph, shape in the example batch, dtype, size in bytes, and
+    whether it carries a gradient in the whole model."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    bytes: int
+    differentiable: bool
+
+
+@dataclasses.dataclass
+class BlockPlan:
+    """One block.
+
+    Attributes:
+        index: position, from 0.
+        name: its first and last module.
+        modules: paths of its innermost modules.
+        parameters: how many numbers it trains or reads as parameters.
+        parameter_bytes: their size.
+        parameter_names: of those that train.
+        inputs, outputs: what crosses into it and out of it.
+        head: the auxiliary head in words, ``None`` where there is none.
+        head_parameters: numbers that the head trains.
+        opaque: module paths that run as themselves.
+        local_peak_bytes: predicted peak of its forward, head and backward alone; ``None`` where it is not predicted.
+    """
+
+    index: int
+    name: str
+    modules: list[str]
+    parameters: int
+    parameter_bytes: int
+    parameter_names: list[str]
+    inputs: list[Crossing]
+    outputs: list[Crossing]
+    head: str | None
+    head_parameters: int
+    opaque: list[str]
+    local_peak_bytes: int | None
+
+
+@dataclasses.dataclass
+class Plan:
+    """What ``bpfx.plan`` and ``step.plan`` return; ``print(plan)`` shows it as a table.
+
+    Attributes:
+        blocks: in order of execution.
+        predicted: peak bytes above the state before a step, parameters excluded, by kind of step: ``"bp"`` plain
+            back-propagation, ``"local"`` the local step, ``"bp_blocks"`` the BP step that recomputes block by block.
+            Empty where an operator has no fake version (then ``notes`` says so).
+        capture: what was tried, in order, with the reason for each fall.
+        unreached: trainable parameters that even plain BP gives no gradient.
+        notes: anything else a reader should know.
+        batch_size: samples in the example batch.
+    """
+
+    blocks: list[BlockPlan]
+    predicted: dict[str, int]
+    capture: list[str]
+    unreached: list[str]
+    notes: list[str]
+    batch_size: int
+
+    def __str__(self) -> str:
+        rows = [("block", "modules", "parameters", "reads", "passes on", "head", "local peak")]
+        for b in self.blocks:
+            rows.append(
+                (
+                    str(b.index),
+                    _short(b.name, 46),
+                    f"{b.parameters:,}",
+                    _crossings(b.inputs),
+                    _crossings([o for o in b.outputs if o.shape]),
+                    f"{b.head} ({b.head_parameters:,})" if b.head else "task loss" if b is self.blocks[-1] else "none",
+                    format_bytes(b.local_peak_bytes) if b.local_peak_bytes is not None else "?",
+                )
+            )
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines.append("")
+        words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block"}
+        if self.predicted:
+            base = self.predicted.get("bp", 0)
+            lines.append(f"predicted peak at batch {self.batch_size}, parameters excluded:")
+            for kind, peak in self.predicted.items():
+                share = f"  {peak / base:5.0%} of plain BP" if base and kind != "bp" else ""
+                lines.append(f"  {words.get(kind, kind):24s} {format_bytes(peak):>10s}{share}")
+        lines.append("capture:")
+        lines += [f"  {line}" for line in self.capture]
+        opaque = [p for b in self.blocks for p in b.opaque]
+        if opaque:
+            shown = ", ".join(repr(p or "the whole model") for p in opaque[:6])
+            lines.append(f"opaque (run as themselves): {shown}" + (f" and {len(opaque) - 6} more" * (len(opaque) > 6)))
+        if self.unreached:
+            lines.append(f"no gradient even under plain BP: {', '.join(self.unreached)}")
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+def _crossings(values: list[Crossing]) -> str:
+    real = [v for v in values if v.bytes]
+    if not real:
+        return "-"
+    total = format_bytes(sum(v.bytes for v in real))
+    largest = max(real, key=lambda v: v.bytes)
+    more = f" +{len(real) - 1}" if len(real) > 1 else ""
+    return f"{'×'.join(map(str, largest.shape))}{more}, {total}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width // 2 - 1] + "…" + text[-(width // 2) :]

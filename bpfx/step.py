@@ -1,0 +1,361 @@
+"""The step: a drop-in ``loss = step(x, y); loss.backward(); optimizer.step()`` over the two emitted graph modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from bpfx.compiler import Compiler, Variant
+from bpfx.errors import BpfxError, BpfxWarning
+from bpfx.offset import Grads, Offset, RefreshData, RefreshSum
+from bpfx.passes.batch import as_call, call_model, loss_of
+from bpfx.passes.rng import get_rng_state, set_rng_state
+from bpfx.plan import Plan
+
+
+@dataclasses.dataclass
+class StepResult:
+    """What one run of an emitted step gives.
+
+    Attributes:
+        loss: the task loss, a scalar.
+        grads: gradient by parameter name; those of heads as ``heads.<block>.<name>``.
+        local_losses: the local loss of every block that trains, in order (empty for the BP step).
+        outputs: the model's own output.
+    """
+
+    loss: Tensor
+    grads: Grads
+    local_losses: list[Tensor]
+    outputs: Any
+
+
+@dataclasses.dataclass
+class Diagnostics:
+    """What the refreshes measured.
+
+    Attributes:
+        refreshes: one record per refresh: ``iteration``; ``blocks``, a list of ``block``, ``cosine`` (of BP and local
+            gradient), ``ratio`` (‖Δ‖/‖g_BP‖), ``staleness`` (cosine of the new and the old Δ), ``spread`` (share of
+            ‖Δ‖² that the micro-batches disagree on) and ``lam``; ``cosine``, the mean over blocks that have an offset.
+    """
+
+    refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Step(nn.Module):
+    """A converted model. Made by :func:`bpfx.convert`.
+
+    ``parameters()`` are the model's and the heads'; give them all to the optimizer. ``state_dict()`` holds the model,
+    the heads, the offsets and the position in the schedule. Called under ``torch.no_grad()`` it evaluates the plain
+    model.
+
+    Attributes:
+        model: the caller's own module, unchanged.
+        heads: one auxiliary head per boundary.
+        plan: what the compiler decided.
+        local_step, bp_step: the two emitted graph modules; ``print(step.local_step.code)`` shows them.
+        diagnostics: what the refreshes measured.
+        offset_state: Δ by parameter name.
+        iteration: calls so far.
+    """
+
+    def __init__(self, compiler: Compiler, offset: Offset | None) -> None:
+        super().__init__()
+        self.model: nn.Module = compiler.model
+        if isinstance(compiler.loss_fn, nn.Module):
+            self.loss_fn = compiler.loss_fn
+        self.heads: nn.ModuleList = compiler.main.heads
+        # Not registered as submodules: the programs own no weights, and every weight is to be listed once.
+        self.__dict__.update(_compiler=compiler, local_step=compiler.main.local_step, bp_step=compiler.main.bp_step)
+        self.plan: Plan = compiler.plan
+        self.offset = offset
+        self.diagnostics = Diagnostics()
+        self.offset_state: Grads = {}
+        self.iteration = 0
+        self._lam: dict[int, float] = {}
+        self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
+        self._block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
+        self._trainable = compiler.weights.trainable()
+        self._head_versions: list[int] | None = None
+
+    # --- the drop-in loop ---------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one local step (and a refresh where the schedule says so).
+
+        Returns:
+            The scalar loss, or the model's own output with its ``.loss``; ``loss.backward()`` delivers g̃ to ``.grad``.
+
+        Raises:
+            BpfxError: a batch that is built otherwise than the example, or parameters that train otherwise than then.
+        """
+        compiler = self._compiler
+        if not torch.is_grad_enabled():
+            loss, output = call_model(self.model, compiler.loss_fn, args, kwargs)
+            return loss if compiler.loss_fn is not None else output
+        tensors = compiler.spec.flatten(args, kwargs)
+        self._check()
+        variant = compiler.variant(tensors)
+        refresh = self.offset is not None and self.iteration % self.offset.period == 0
+        local = self._refresh(variant, tensors) if refresh else self._run_local(variant, tensors)
+        grads = self._corrected(local.grads)
+        self.iteration += 1
+        return self._deliver(local, grads)
+
+    def run_local(self, *args: Any, **kwargs: Any) -> StepResult:
+        """One local step; ``.grad`` and the schedule stay as they are. Running statistics are updated."""
+        tensors = self._compiler.spec.flatten(args, kwargs)
+        return self._run_local(self._compiler.variant(tensors), tensors)
+
+    def run_bp(self, *args: Any, **kwargs: Any) -> StepResult:
+        """One BP step, recomputing block by block; ``.grad`` and the schedule stay as they are."""
+        tensors = self._compiler.spec.flatten(args, kwargs)
+        return self._run_bp(self._compiler.variant(tensors), tensors)
+
+    # --- the two steps ------------------------------------------------------------------------------------------------
+
+    def _run_local(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
+        loss, local_losses, grads, outputs = variant.local_step(*tensors)
+        return StepResult(loss, _merged(grads), list(local_losses), self._output(variant, loss, outputs))
+
+    def _run_bp(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
+        loss, grads, outputs = variant.bp_step(*tensors)
+        return StepResult(loss, _merged(grads), [], self._output(variant, loss, outputs))
+
+    def _output(self, variant: Variant, loss: Tensor, leaves: Sequence[Any]) -> Any:
+        captured = variant.captured
+        queue = iter(leaves)
+        total = len(leaves) + len(captured.output_constants)
+        constants = captured.output_constants
+        return pytree.tree_unflatten(
+            [constants[i] if i in constants else next(queue) for i in range(total)], captured.output_spec
+        )
+
+    def _corrected(self, local: Grads) -> Grads:
+        """g̃ = α · g_local + λ · Δ; heads keep their own gradient."""
+        if self.offset is None:
+            return local
+        alpha = self.offset.scale_of("alpha", self.iteration)
+        lam = None if self.offset.lam == "auto" else self.offset.scale_of("lam", self.iteration)
+        for name, delta in self.offset_state.items():
+            scale = self._lam.get(self._block_of[name], 0.0) if lam is None else lam
+            grad = local.get(name)
+            if grad is None:
+                if scale:
+                    local[name] = delta * scale
+                continue
+            if alpha != 1.0:
+                grad.mul_(alpha)
+            grad.add_(delta, alpha=scale)
+        if alpha != 1.0:
+            for name, grad in local.items():
+                if name not in self.offset_state and not name.startswith("heads."):
+                    grad.mul_(alpha)
+        return local
+
+    # --- the refresh --------------------------------------------------------------------------------------------------
+
+    def _refresh(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
+        """Measure Δ; return the local gradient of the current batch."""
+        assert self.offset is not None
+        samples = self._compiler.spec.samples(tensors)
+        wanted = self.offset.batch or samples
+        buffers = self._running()
+        start = get_rng_state()
+        total = RefreshSum(self._block_of)
+        local: StepResult | None = None
+        if wanted == samples and self.offset.micro_batches == 1:
+            bp = self._run_bp(variant, tensors)
+            set_rng_state(start)
+            self._restore(buffers)
+            local = self._run_local(variant, tensors)
+            total.add(bp.grads, local.grads, 1.0)
+        else:
+            pieces = self._pieces(tensors, samples, wanted)
+            count = sum(n for _, n in pieces)
+            for piece, n in pieces:
+                part = self._compiler.variant(piece)
+                here = get_rng_state()
+                bp = self._run_bp(part, piece)
+                set_rng_state(here)
+                total.add(bp.grads, self._run_local(part, piece).grads, n / count)
+            # The refresh is invisible to the training step: same draws, same running statistics.
+            self._restore(buffers)
+            set_rng_state(start)
+            local = self._run_local(variant, tensors)
+        self._store(total)
+        return local
+
+    def _pieces(self, tensors: Sequence[Tensor], samples: int, wanted: int) -> list[tuple[list[Tensor], int]]:
+        spec, offset = self._compiler.spec, self.offset
+        assert offset is not None
+        sources = [(list(tensors), min(samples, wanted))]
+        if wanted > samples:
+            if self._refresh_data is None:
+                raise BpfxError(
+                    f"Offset(batch={wanted}) is larger than the current batch of {samples}; "
+                    "pass Offset(data=…), an iterable of batches, or a batch of at most that size"
+                )
+            sources, have = [], 0
+            while have < wanted:
+                drawn = spec.flatten(*as_call(self._refresh_data.next()))
+                take = min(spec.samples(drawn), wanted - have)
+                sources.append((drawn, take))
+                have += take
+        pieces = []
+        per = max(1, -(-wanted // offset.micro_batches))
+        for drawn, take in sources:
+            for begin in range(0, take, per):
+                length = min(per, take - begin)
+                pieces.append((spec.narrow(drawn, begin, length), length))
+        return pieces
+
+    def _store(self, total: RefreshSum) -> None:
+        assert self.offset is not None
+        offset, statistics = total.finish(self.offset_state)
+        bad = [n for n, d in offset.items() if not torch.isfinite(d).all()]
+        if bad:
+            kept = "the old offset is kept" if self.offset_state else "no offset is stored"
+            warnings.warn(
+                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {bad[0]!r}); {kept}",
+                BpfxWarning,
+                stacklevel=5,
+            )
+            return
+        self.offset_state = offset
+        if self.offset.lam == "auto":
+            self._lam = {k: min(max(1.0 - s["spread"], 0.0), 1.0) for k, s in statistics.items()}
+        blocks = [{"block": k, **s, "lam": self._lam.get(k)} for k, s in statistics.items()]
+        inner = [s["cosine"] for k, s in statistics.items() if k < len(self.plan.blocks) - 1]
+        mean = sum(inner) / len(inner) if inner else 1.0
+        self.diagnostics.refreshes.append({"iteration": self.iteration, "blocks": blocks, "cosine": mean})
+
+    def _running(self) -> dict[str, Tensor]:
+        weights = self._compiler.weights
+        own = {n: weights[n].clone() for n in self._compiler.main.captured.mutated_buffers}
+        return own | {f"heads.{n}": b.clone() for n, b in self.heads.named_buffers()}
+
+    def _restore(self, buffers: dict[str, Tensor]) -> None:
+        weights = self._compiler.weights
+        heads = dict(self.heads.named_buffers())
+        with torch.no_grad():
+            for name, value in buffers.items():
+                target = heads[name.removeprefix("heads.")] if name.startswith("heads.") else weights[name]
+                target.copy_(value)
+
+    # --- delivery -----------------------------------------------------------------------------------------------------
+
+    def _deliver(self, local: StepResult, grads: Grads) -> Any:
+        weights = self._compiler.weights
+        heads = {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        names = list(grads)
+        parameters = [heads[n] if n in heads else weights[n] for n in names]
+        loss = _Deliver.apply(local.loss, [grads.pop(n) for n in names], *parameters)
+        if self._compiler.loss_fn is not None:
+            return loss
+        return _with_loss(local.outputs, loss)
+
+    def _check(self) -> None:
+        now = self._compiler.weights.trainable()
+        if now != self._trainable:
+            changed = sorted(set(now) ^ set(self._trainable))
+            raise BpfxError(
+                f"requires_grad of {changed[0]!r}{f' and {len(changed) - 1} more' * (len(changed) > 1)} was changed "
+                "after the conversion; call bpfx.convert again"
+            )
+        # Forgetting the heads is easy (an optimizer over model.parameters()) and silent: their weights never move.
+        versions = [p._version for p in self.heads.parameters()]
+        if self.iteration == 2 and versions and versions == self._head_versions:
+            model = [p for p in self.model.parameters() if p.requires_grad]
+            if any(p._version != v for p, v in zip(model, self._model_versions, strict=False)):
+                warnings.warn(
+                    "the model's parameters were stepped but the heads' were not; give the optimizer "
+                    "step.parameters() instead of model.parameters()",
+                    BpfxWarning,
+                    stacklevel=3,
+                )
+        if self.iteration == 0:
+            self._head_versions = versions
+            self._model_versions = [p._version for p in self.model.parameters() if p.requires_grad]
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Offsets and the position in the schedule; part of ``state_dict()``."""
+        return {
+            "iteration": self.iteration,
+            "offset": dict(self.offset_state),
+            "lam": dict(self._lam),
+            "blocks": [b.name for b in self.plan.blocks],
+            "refreshes": list(self.diagnostics.refreshes),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`get_extra_state` gave.
+
+        Raises:
+            BpfxError: the state belongs to other blocks.
+        """
+        own = [b.name for b in self.plan.blocks]
+        if state["blocks"] != own:
+            raise BpfxError(
+                f"this state belongs to {len(state['blocks'])} blocks ({', '.join(state['blocks'][:3])}, …), "
+                f"this step has {len(own)} ({', '.join(own[:3])}, …); convert with the same blocks"
+            )
+        weights = self._compiler.weights
+        self.iteration = int(state["iteration"])
+        self.offset_state = {n: d.to(weights[n].device, copy=True) for n, d in state["offset"].items()}
+        self._lam = dict(state["lam"])
+        self.diagnostics.refreshes[:] = list(state["refreshes"])
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As for any module; a state of other blocks is refused before anything is loaded."""
+        extra = state_dict.get("_extra_state")
+        if extra is not None:
+            self.set_extra_state(extra)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.plan.blocks)} blocks, offset={self.offset}"
+
+
+class _Deliver(torch.autograd.Function):
+    """Carries gradients that are computed already out of ``loss.backward()``, so that hooks and accumulation work."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.grads = grads
+        return loss.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        if ctx.grads is None:
+            raise BpfxError("this loss was differentiated already; its gradients are computed once per call of the step")
+        grads, ctx.grads = ctx.grads, None
+        # In place: a second set of gradients would double what the local step saves. Times 1 changes no bit.
+        return None, None, *(grads.pop(0).mul_(scale) for _ in range(len(grads)))
+
+
+def _merged(parts: Sequence[Grads]) -> Grads:
+    """Gradients of all blocks; a parameter that two blocks share gets the sum."""
+    merged: Grads = {}
+    for part in parts:
+        for name, grad in part.items():
+            merged[name] = merged[name] + grad if name in merged else grad
+    return merged
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    """The model's output with ``loss`` in the place of its own."""
+    old = loss_of(output)
+    leaves, spec = pytree.tree_flatten(output)
+    return pytree.tree_unflatten([loss if leaf is old else leaf for leaf in leaves], spec)
+
+

@@ -1,0 +1,83 @@
+"""Small adapters for libraries whose Python no tracer passes. Each is named, and tested in ``test_hard_capture``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpoint_module
+from torch import nn
+
+
+@contextmanager
+def lycoris_without_module_dropout(model: nn.Module) -> Iterator[None]:
+    """PEFT LoKr and LoHa compare ``torch.rand(1)`` with a module dropout even where it is 0: skip that comparison.
+
+    Only wrappers whose dropout rates are all 0 are touched, and only their own training flag: the layers inside
+    them stay in train mode, so nothing that is computed changes. The number is still drawn, so every later draw
+    (dropout elsewhere) is that of the plain model.
+    """
+    lycoris = sys.modules.get("peft.tuners.lycoris_utils")
+    touched: list[tuple[nn.Module, bool]] = []
+    handles = []
+    if lycoris is not None:
+        for module in model.modules():
+            if isinstance(module, lycoris.LycorisLayer):
+                rates = [*getattr(module, "rank_dropout", {}).values(), *getattr(module, "module_dropout", {}).values()]
+                if not any(rates):
+                    touched.append((module, module.training))
+                    module.training = False
+                    handles.append(module.register_forward_pre_hook(_draw))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in touched:
+            module.training = flag
+
+
+def _draw(module: nn.Module, args: Any) -> None:
+    for adapter in module.active_adapters:
+        if adapter in module.module_dropout:
+            torch.rand(1)
+
+
+@contextmanager
+def non_reentrant_checkpoint() -> Iterator[None]:
+    """Run ``torch.utils.checkpoint(use_reentrant=True)`` as the non-reentrant kind.
+
+    The reentrant kind refuses ``torch.autograd.grad``, which every block program calls; gradients and random
+    draws of both kinds are equal.
+    """
+    reentrant = checkpoint_module.CheckpointFunction
+
+    class _NonReentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return checkpoint_module.checkpoint(
+                function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            )
+
+    checkpoint_module.CheckpointFunction = _NonReentrant  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoint_module.CheckpointFunction = reentrant  # type: ignore[misc]
+
+
+def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keywords with ``use_cache=False`` where a Hugging Face model would otherwise return a key-value cache.
+
+    A cache serves generation only; a training step neither needs nor may keep it, and it is no tensor.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    if not getattr(config, "use_cache", False) or "use_cache" in kwargs:
+        return kwargs
+    parameters = inspect.signature(base.forward).parameters
+    return {**kwargs, "use_cache": False} if "use_cache" in parameters else kwargs

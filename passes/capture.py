@@ -1,0 +1,466 @@
+"""Capture: model + loss + example batch → one verified forward graph to the scalar loss.
+
+Rungs, tried in order; the plan shows the one used and the reason for each fall:
+
+1. non-strict ``torch.export`` of the whole model and loss;
+2. the same with *opaque* modules: those whose Python no tracer passes run as themselves inside the graph;
+3. strict ``torch.export`` (Dynamo), which keeps the backward of a custom ``autograd.Function``;
+4. the whole model as one opaque block.
+
+No rung is trusted before one verified step (see :mod:`bpfx.passes.verify`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from bpfx.errors import BpfxError
+from bpfx.passes import adapters, opaque
+from bpfx.passes.batch import BatchSpec, LossFn, as_module, call_model
+from bpfx.passes.graph import ModelGraph, Weights, module_path
+from bpfx.passes.rng import preserve
+from bpfx.passes.reference import Reference, run_reference
+from bpfx.passes.verify import Mismatch, verify
+
+MAX_FALLS = 12
+VERIFY_SAMPLES = 4
+
+
+class Program(nn.Module):
+    """The model and its loss as one function of the flat inputs: returns ``(loss, *output leaves)``."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn | None, spec: BatchSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = as_module(loss_fn)
+        self._plain_loss = None if self.loss_fn is not None else loss_fn
+        self._spec = spec
+        self.output_spec: pytree.TreeSpec | None = None
+        self.output_constants: dict[int, Any] = {}
+
+    def forward(self, *flat: Tensor) -> Any:
+        args, kwargs = self._spec.unflatten(flat)
+        kwargs = adapters.without_cache(self.model, kwargs)
+        loss, output = call_model(self.model, self.loss_fn or self._plain_loss, args, kwargs)
+        check_loss(loss)
+        leaves, self.output_spec = pytree.tree_flatten(output)
+        self.output_constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, Tensor)}
+        return (loss, *[v for v in leaves if isinstance(v, Tensor)])
+
+
+@dataclasses.dataclass
+class Captured:
+    """A verified graph with everything needed to run it."""
+
+    graph: ModelGraph
+    spec: BatchSpec
+    weights: Weights
+    output_spec: pytree.TreeSpec
+    output_constants: dict[int, Any]
+    mutated_buffers: set[str]
+    unreached: list[str]
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless ``loss`` is one floating-point number."""
+    if not isinstance(loss, Tensor):
+        raise BpfxError(f"the loss is {type(loss).__name__}, it must be a scalar tensor")
+    if loss.dim() > 0 and loss.numel() != 1 or loss.dim() > 0:
+        raise BpfxError(
+            f"the loss has shape {tuple(loss.shape)}, it must be a scalar; reduce it, with loss.mean() for example"
+        )
+    if not loss.is_floating_point():
+        raise BpfxError(f"the loss has dtype {loss.dtype}, it must be floating point")
+
+
+def make_weights(model: nn.Module, loss_fn: LossFn | None) -> Weights:
+    """All weights of the model under their own names, and those of a loss module under ``loss_fn.``."""
+    weights = Weights()
+    weights.add_module("", model)
+    loss_module = as_module(loss_fn)
+    if loss_module is not None:
+        weights.add_module("loss_fn", loss_module)
+    return weights
+
+
+@contextmanager
+def train_mode(model: nn.Module) -> Iterator[None]:
+    """Capture in train mode: a model whose root is in eval mode is switched over as a whole, and put back."""
+    flags = {m: m.training for m in model.modules()}
+    try:
+        if not model.training:
+            model.train()
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def capture(model: nn.Module, loss_fn: LossFn | None, spec: BatchSpec, tensors: Sequence[Tensor]) -> Captured:
+    """Return the first rung's graph that passes verification.
+
+    Args:
+        model: any module; it is run, never changed (buffers, gradients and random state are put back).
+        loss_fn: ``loss_fn(output, target)``, or ``None`` for a model that returns its loss.
+        spec: structure of the example batch.
+        tensors: the example's tensor leaves.
+
+    Raises:
+        BpfxError: the plain model itself fails, its loss is no scalar, or nothing in it trains.
+    """
+    weights = make_weights(model, loss_fn)
+    with train_mode(model):
+        attempt = _Attempts(model, loss_fn, spec, list(tensors), weights)
+        return attempt.run()
+
+
+class _Attempts:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn | None, spec: BatchSpec, tensors: list[Tensor], weights: Weights
+    ) -> None:
+        self.model, self.loss_fn, self.spec, self.weights = model, loss_fn, spec, weights
+        self.full = tensors
+        self.log: list[str] = []
+        self.modules = {path: m for path, m in model.named_modules()}
+        self.program = Program(model, loss_fn, spec)
+        # A few samples are enough to compare two programs, and the caller may have no memory for plain BP.
+        few = min(VERIFY_SAMPLES, spec.batch_size)
+        self.few = spec.narrow(tensors, 0, few) if few < spec.batch_size else tensors
+
+    def run(self) -> Captured:
+        reference = self._reference(self.few)
+        opaque_paths: dict[str, str] = dict(reference.suspects)
+        for _ in range(MAX_FALLS):
+            if "" in opaque_paths:
+                break
+            rung = "non-strict export" + (f" with {len(opaque_paths)} opaque modules" if opaque_paths else "")
+            outcome = self._try(rung, reference, opaque_paths, strict=False)
+            if isinstance(outcome, Captured):
+                return outcome
+            new = {path: why for path, why in outcome.items() if path not in opaque_paths}
+            if not new:
+                # Nothing to blame but the model as a whole; a checkpointed region is the first suspicion.
+                new = {p: w for p, w in reference.checkpoints.items() if p not in opaque_paths}
+            opaque_paths.update(new or {"": "no smaller part could be blamed"})
+        outcome = self._try("strict export", reference, {}, strict=True)
+        if isinstance(outcome, Captured):
+            return outcome
+        outcome = self._try("one opaque block", reference, {"": opaque_paths.get("", "all other rungs failed")})
+        if isinstance(outcome, Captured):
+            return outcome
+        raise BpfxError("no way to capture this model was verified: " + "; ".join(self.log))
+
+    def _reference(self, tensors: list[Tensor]) -> Reference:
+        try:
+            return run_reference(self.program, self.weights, tensors)
+        except BpfxError:
+            raise
+        except Exception as error:
+            if tensors is self.few and self.few is not self.full:
+                self.few = self.full  # a model may need its whole batch (BatchNorm over 1×1 maps, a fixed size)
+                return self._reference(self.full)
+            raise BpfxError(f"the plain model fails on the example batch: {type(error).__name__}: {error}") from error
+
+    def _try(
+        self, rung: str, reference: Reference, opaque_paths: dict[str, str], strict: bool = False
+    ) -> Captured | dict[str, str]:
+        """One rung: the verified graph, or the modules to blame with the reason for each."""
+        tensors = self.full if opaque_paths else self.few
+        if tensors is not reference.tensors:
+            reference = self._reference(tensors)
+        tracker = _ModuleTracker(self.program)
+        try:
+            with ExitStack() as stack:
+                if not opaque_paths:
+                    stack.enter_context(adapters.lycoris_without_module_dropout(self.model))
+                if "" in opaque_paths:
+                    graph = self._whole(tensors)
+                else:
+                    graph = self._export(tensors, opaque_paths, strict, tracker)
+            mismatch = verify(graph, self.weights, reference, tensors)
+        except BpfxError:
+            raise
+        except Exception as error:
+            where = tracker.culprit()
+            reason = _first_line(error)
+            self.log.append(f"{rung}: fell at {where or 'the model itself'}: {reason}")
+            while where in opaque_paths and where:
+                where = where.rpartition(".")[0]  # opaque already, so its caller is what cannot be traced
+            return self._same_class(where, reason)
+        if mismatch is not None:
+            self.log.append(f"{rung}: not equal to the plain model: {mismatch.reason}")
+            return self._blame(mismatch, reference)
+        graph.log = [*self.log, f"{rung}: verified, loss and gradients equal to the plain model's"]
+        graph.opaque = {p: opaque_paths[p] for p in _outermost(opaque_paths)}
+        assert self.program.output_spec is not None
+        return Captured(
+            graph,
+            self.spec,
+            self.weights,
+            self.program.output_spec,
+            self.program.output_constants,
+            reference.mutated,
+            reference.unreached,
+        )
+
+    def _blame(self, mismatch: Mismatch, reference: Reference) -> dict[str, str]:
+        blamed = {p: f"{w} ({mismatch.reason})" for p, w in reference.checkpoints.items()}
+        lycoris = [p for p, m in self.modules.items() if type(m).__module__.startswith("peft.tuners.lo")]
+        for path in lycoris:
+            if hasattr(self.modules[path], "base_layer"):
+                blamed[path] = mismatch.reason
+        return blamed
+
+    def _same_class(self, path: str, reason: str) -> dict[str, str]:
+        """What one module's Python does, the others of its class do too (containers of torch.nn apart)."""
+        if path == "" or isinstance(self.modules[path], (nn.Sequential, nn.ModuleList)):
+            return {path: reason}
+        kind = type(self.modules[path])
+        same = [p for p, m in self.modules.items() if type(m) is kind and p]
+        outer = _outermost(same)
+        return dict.fromkeys(outer, reason) if path in outer else {path: reason}
+
+    def _export(
+        self, tensors: list[Tensor], opaque_paths: dict[str, str], strict: bool, tracker: _ModuleTracker
+    ) -> ModelGraph:
+        dynamic = not opaque_paths
+        outermost = {p: self.modules[p] for p in _outermost(opaque_paths)}
+        with ExitStack() as stack:
+            stack.enter_context(preserve(self.weights))
+            stack.enter_context(_quiet())
+            stack.enter_context(adapters.non_reentrant_checkpoint())
+            if outermost:
+                calls: list[opaque.OpaqueCall] = []
+                with opaque.recorded(outermost, calls), torch.enable_grad():
+                    self.program(*tensors)
+                stack.enter_context(opaque.replaced(outermost, calls))
+            if not strict:  # Dynamo would trace the tracker's own hooks
+                stack.enter_context(tracker)
+            stack.enter_context(tracker.slots_restored())
+            shapes = (tuple(_dynamic_dims(t, self.spec.batch_size, len(tensors[0])) for t in tensors),)
+            # Export marks its arguments as dynamic; the caller's own tensors stay unmarked.
+            exported = torch.export.export(
+                self.program, tuple(t.detach() for t in tensors), dynamic_shapes=shapes if dynamic else None, strict=strict
+            )
+        return graph_of(exported, self.weights, self.spec, list(tensors))
+
+    def _whole(self, tensors: list[Tensor]) -> ModelGraph:
+        """The whole program as one opaque node."""
+        calls: list[opaque.OpaqueCall] = []
+        with preserve(self.weights), opaque.recorded({"": self.program}, calls), torch.enable_grad():
+            self.program(*tensors)
+        call = calls[0]
+        graph = fx.Graph()
+        weight_of: dict[fx.Node, str] = {}
+        for i, (name, tensor) in enumerate(zip(call.weight_names, call.own_weights(), strict=True)):
+            node = graph.placeholder(f"w_{i}")
+            node.meta["val"] = tensor
+            weight_of[node] = self.weights.canonical(weight_name(name))
+        inputs: list[fx.Node | None] = []
+        for name, tensor in zip(self.spec.names, tensors, strict=True):
+            node = graph.placeholder(name)
+            node.meta["val"] = tensor
+            inputs.append(node)
+        root = nn.Module()
+        result = graph.call_function(operator.getitem, (list(weight_of), list(inputs)))
+        opaque.attach(root, result, call)
+        result.meta["val"] = [torch.empty(s, dtype=d, device=v) for s, d, v in call.outputs]
+        items = []
+        for i in range(len(call.outputs)):
+            item = graph.call_function(operator.getitem, (result, i))
+            item.meta["val"] = result.meta["val"][i]
+            items.append(item)
+        graph.output(tuple(items))
+        return ModelGraph(
+            graph, root, weight_of, inputs, items[0], items[1:], self.spec.batch_size, {}, {}, False, None, []
+        )
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that lie inside no other of them."""
+    paths = list(paths)
+    return [p for p in paths if not any(q != p and (not q or p.startswith(q + ".")) for q in paths)]
+
+
+def graph_of(
+    exported: torch.export.ExportedProgram, weights: Weights, spec: BatchSpec, tensors: list[Tensor]
+) -> ModelGraph:
+    """Turn an exported program into a :class:`ModelGraph` over the model's own weights."""
+    gm = exported.graph_module
+    graph = gm.graph
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    weight_of: dict[fx.Node, str] = {}
+    inputs: list[fx.Node | None] = []
+    for entry in exported.graph_signature.input_specs:
+        node = placeholders[entry.arg.name]
+        if entry.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert entry.target is not None
+            weight_of[node] = weights.canonical(weight_name(entry.target))
+        elif entry.kind is InputKind.CONSTANT_TENSOR:
+            name = f"constant.{entry.target}"
+            weights.add_constant(name, exported.constants[str(entry.target)])
+            weight_of[node] = name
+        elif entry.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+        else:
+            raise RuntimeError(f"an input of kind {entry.kind} cannot be cut into blocks")
+    for node, name in zip(inputs, spec.names, strict=True):
+        assert node is not None
+        node._rename(name)
+        node.target = node.name
+    opaque.inline_calls(gm)
+    results = list(graph.output_node().args[0])
+    symbol = _batch_symbol(inputs, spec)
+    dims = {n: d for n in graph.nodes if (d := _batch_dim(n, symbol, tensors[0].shape[0])) is not None}
+    return ModelGraph(
+        graph=graph,
+        root=gm,
+        weight_of=weight_of,
+        inputs=inputs,
+        loss=results[0],
+        outputs=results[1:],
+        batch_size=spec.batch_size,
+        batch_dims=dims,
+        opaque={},
+        dynamic=symbol is not None,
+        guard=_guard(exported) if symbol is not None else None,
+        log=[],
+    )
+
+
+def weight_name(target: str) -> str:
+    """Name in the model of a name in the capture's wrapper."""
+    return target.removeprefix("model.") if target.startswith("model.") else target
+
+
+def _guard(exported: torch.export.ExportedProgram) -> Callable[..., Any]:
+    @functools.cache
+    def built() -> Callable[..., Any] | None:
+        with _quiet():
+            module = exported.module()
+        return getattr(module, "_guards_fn", None)
+
+    def check(*tensors: Tensor) -> None:
+        guards = built()
+        if guards is not None:
+            guards(*tensors)
+
+    return check
+
+
+def _dynamic_dims(tensor: Tensor, batch_size: int, few: int) -> dict[int, Any] | None:
+    """Which dimensions may vary: the batch everywhere, and every dimension of integer tensors (tokens, masks)."""
+    if tensor.dim() == 0:
+        return None
+    auto = torch.export.Dim.AUTO
+    if not tensor.is_floating_point() and tensor.dim() == 2:
+        return {0: auto, 1: auto}
+    return {0: auto} if tensor.shape[0] in (few, batch_size) else None
+
+
+def _batch_symbol(inputs: Sequence[fx.Node | None], spec: BatchSpec) -> Any:
+    for node, per_sample in zip(inputs, spec.per_sample, strict=True):
+        if node is not None and per_sample:
+            size = node.meta["val"].shape[0]
+            return size if isinstance(size, torch.SymInt) else None
+    return None
+
+
+def _batch_dim(node: fx.Node, symbol: Any, few: int) -> int | None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    for d, size in enumerate(value.shape):
+        if symbol is not None:
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol.node.expr:
+                return d
+        elif int(size) == few:
+            return d
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Export logs whole graphs on the way to an exception; the plan's one line says what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _ModuleTracker:
+    """Knows the innermost module in whose forward an exception passed."""
+
+    def __init__(self, program: Program) -> None:
+        self.paths = {id(m): path for path, m in program.named_modules()}
+        self.program = program
+        self.stack: list[str] = []
+        self.changed: list[str] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _ModuleTracker:
+        module = nn.modules.module
+        self._handles = [
+            module.register_module_forward_pre_hook(lambda m, args: self._push(m)),
+            module.register_module_forward_hook(lambda m, args, output: self._pop(m)),
+        ]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _push(self, m: nn.Module) -> None:
+        if id(m) in self.paths:
+            self.stack.append(self.paths[id(m)])
+
+    def _pop(self, m: nn.Module) -> None:
+        if id(m) in self.paths and self.stack:
+            self.stack.pop()
+
+    @contextmanager
+    def slots_restored(self) -> Iterator[None]:
+        """Put back what a module's forward re-registered while it was traced, and remember who did it."""
+        before = {p: (m, _slots(m)) for p, m in self.program.named_modules()}
+        try:
+            yield
+        finally:
+            for path, (module, slots) in before.items():
+                for kind, own in slots.items():
+                    now = module.__dict__ if kind == "" else module.__dict__[kind]
+                    tensors = {k: v for k, v in now.items() if isinstance(v, Tensor)}
+                    if {k: id(v) for k, v in tensors.items()} != {k: id(v) for k, v in own.items()}:
+                        self.changed.append(path)
+                        for key in tensors.keys() - own.keys():
+                            del now[key]
+                        now.update(own)
+
+    def culprit(self) -> str:
+        path = self.stack[-1] if self.stack else next(iter(self.changed), "")
+        return weight_name(path) if path.startswith("model.") else ""
+
+
+def _slots(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    kinds = {"": module.__dict__, "_parameters": module._parameters, "_buffers": module._buffers}
+    return {kind: {k: v for k, v in slots.items() if isinstance(v, Tensor)} for kind, slots in kinds.items()}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160] if text else ''}"

@@ -1,0 +1,176 @@
+"""Heads: what each boundary's auxiliary head reads, and the local loss behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from bpfx.errors import BpfxError
+from bpfx.losses import Feature, Head, HeadContext, LocalLoss, TailHead, Target
+from bpfx.passes import programs, tail
+from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
+from bpfx.passes.lower import Block
+
+_aten = torch.ops.aten
+_CHANNELS_LAST = {_aten.linear.default, _aten.layer_norm.default, _aten.rms_norm.default, _aten.embedding.default}
+_CHANNELS_FIRST = {
+    _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.batch_norm.default,
+    _aten.group_norm.default, _aten.max_pool2d.default, _aten.adaptive_avg_pool2d.default, _aten.instance_norm.default,
+}  # fmt: skip
+
+
+class NoHead(Head):
+    """Stands for a block without a head: the last one, and those in which nothing trains."""
+
+    description = "none"
+
+    def forward(self, *values: Tensor) -> Tensor:
+        raise BpfxError("this block has no head: its loss is the task loss, or nothing in it trains")
+
+
+def insert_heads(
+    graph: ModelGraph,
+    weights: Weights,
+    blocks: Sequence[Block],
+    predictions: list[fx.Node],
+    local_loss: LocalLoss,
+    horizon: int,
+) -> nn.ModuleList:
+    """Build one head per block whose boundary a local loss reads.
+
+    Block k's gradient comes from the head at the end of block ``k + horizon - 1``, so the first ``horizon - 1``
+    boundaries have none.
+
+    Returns:
+        A list over all blocks but the last, with :class:`NoHead` where a block has no head.
+    """
+    heads: list[Head] = []
+    for block in blocks[:-1]:
+        start = block.index - horizon + 1
+        if start < 0 or not blocks[start].trainable:
+            heads.append(NoHead())
+            continue
+        heads.append(_head(graph, weights, block, blocks[start], predictions, local_loss))
+    return nn.ModuleList(heads)
+
+
+def attach_losses(
+    graph: ModelGraph,
+    weights: Weights,
+    blocks: Sequence[Block],
+    heads: nn.ModuleList,
+    predictions: list[fx.Node],
+) -> list[programs.LocalLoss | None]:
+    """The local loss of every boundary that has a head."""
+    if len(blocks) == 1:
+        return [None]
+    suffix = tail.loss_program(graph, predictions) if predictions else None
+    if suffix is None:
+        raise BpfxError(
+            "the loss cannot be taken apart from the model's layers, so no head can be trained with it; "
+            "pass the loss as loss_fn, or use blocks=1"
+        )
+    losses: list[programs.LocalLoss | None] = []
+    for k, head in enumerate(heads):
+        assert isinstance(head, Head)
+        if isinstance(head, NoHead):
+            losses.append(None)
+            continue
+        losses.append(
+            programs.LocalLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights)
+        )
+    return [*losses, None]
+
+
+def head_features(block: Block, first: Block | None = None) -> list[fx.Node]:
+    """The fewest outputs of ``block`` that together depend on everything that trains in it; newest first."""
+    outputs = [n for n in block.outputs if n.name in block.differentiable]
+    inside = set(block.nodes)
+    reach = {n: _weights_behind(n, inside) for n in outputs}
+    everything = set().union(*reach.values()) if reach else set()
+    chosen: list[fx.Node] = []
+    covered: set[fx.Node] = set()
+    order = {n: i for i, n in enumerate(block.nodes)}
+    for node in sorted(outputs, key=order.__getitem__, reverse=True):
+        if not chosen or reach[node] - covered:
+            chosen.append(node)
+            covered |= reach[node]
+        if covered >= everything:
+            break
+    return chosen
+
+
+def _weights_behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                if a in inside:
+                    stack.append(a)
+    return {a for a in seen if a.op == "placeholder"}
+
+
+def _head(
+    graph: ModelGraph,
+    weights: Weights,
+    block: Block,
+    first: Block,
+    predictions: list[fx.Node],
+    local_loss: LocalLoss,
+) -> Head:
+    nodes = head_features(block)
+    features = [_feature(graph, n) for n in nodes]
+    targets = [Target(tuple(p.meta["val"].shape), graph.batch_dims.get(p)) for p in predictions]
+    copied = None
+    if len(nodes) == 1:
+        found = tail.find_tail(graph, weights, nodes[0], predictions)
+        if found is not None:
+            own = sum(tensor_bytes(weights[n]) for n in (*first.weights, *block.weights))
+            rows = []
+            for name in found.weights:
+                tensor = weights[name]
+                # A vocabulary-sized readout at every boundary would outweigh the blocks themselves.
+                rows.append((name, tensor, tensor_bytes(tensor) <= max(own, 2**20)))
+            copied = TailHead(found.module, found.inputs, rows, weights.__getitem__)
+    linear = tail.last_linear(graph, predictions)
+    context = HeadContext(
+        features,
+        targets,
+        copied,
+        (weights[linear[0]], weights[linear[1]] if linear[1] else None) if linear else None,
+    )
+    return local_loss.head(context)
+
+
+def _feature(graph: ModelGraph, node: fx.Node) -> Feature:
+    value = node.meta["val"]
+    batch = graph.batch_dims.get(node, 0)
+    channel = value.dim() - 1
+    if value.dim() >= 4 or value.dim() == 3:
+        channel = _channel_dim(node, value.dim())
+    return Feature(node.name, tuple(value.shape), batch, channel, value.dtype, value.device)
+
+
+def _channel_dim(node: fx.Node, dims: int) -> int:
+    """Which dimension counts features: what the readers and the maker of a value treat as such."""
+    seen: set[fx.Node] = set()
+    queue = [*node.users, node]
+    while queue and len(seen) < 40:
+        n = queue.pop(0)
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.target in _CHANNELS_FIRST:
+            return 1
+        if n.target in _CHANNELS_LAST:
+            return dims - 1
+        value = n.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() == dims and n.target not in (_aten.permute.default, _aten.transpose.int):
+            queue.extend(n.users)
+            if n is node or not n.users:
+                queue.extend(n.all_input_nodes)
+    return 1 if dims >= 4 else dims - 1

@@ -1,0 +1,235 @@
+"""Lowering, second half: the programs of a block.
+
+forward: values only, no trace left. local gradient: forward, head, loss and backward at once. vjp: recompute the
+forward and differentiate it against the incoming cotangents. They are modules, so that the emitted steps can call
+them, and they look their weights up by name at every run, so that they always train the model's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from bpfx.losses import Head
+from bpfx.passes.graph import Weights
+from bpfx.passes.lower import Block
+from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
+
+Grads = dict[str, Tensor]
+
+
+class LocalLoss(nn.Module):
+    """A head and the model's own loss on its predictions: ``forward(features, inputs)`` returns a scalar."""
+
+    def __init__(
+        self,
+        block: int,
+        head: Head,
+        head_inputs: Sequence[int],
+        loss: Callable[..., Any],
+        loss_inputs: Sequence[int],
+        loss_weights: Sequence[str],
+        weights: Weights,
+    ) -> None:
+        super().__init__()
+        # Owned by the step and the model, not by this module.
+        self.__dict__.update(head=head, call=head, loss=loss, weights=weights)
+        self.block = block
+        self.head_inputs, self.loss_inputs = tuple(head_inputs), tuple(loss_inputs)
+        self.loss_weights = tuple(loss_weights)
+        self.parameter_names = [f"heads.{block}.{name}" for name, _ in head.named_parameters()]
+        self.tensor_names = self.parameter_names + [f"heads.{block}.{name}" for name, _ in head.named_buffers()]
+
+    def parameters_now(self) -> list[Tensor]:
+        return [self.weights.override_of(n, p) for n, p in zip(self.parameter_names, self.head.parameters(), strict=True)]
+
+    def forward(self, features: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        arguments = (*features, *(inputs[i] for i in self.head_inputs))
+        swapped = self.weights.overridden(f"heads.{self.block}.")
+        predictions = torch.func.functional_call(self.head, swapped, arguments) if swapped else self.call(*arguments)
+        if not isinstance(predictions, tuple):
+            predictions = (predictions,)
+        constants = [self.weights[n].detach() for n in self.loss_weights]
+        return self.loss(*predictions, *(inputs[i] for i in self.loss_inputs), *constants)
+
+
+class BlockProgram(nn.Module):
+    """What the three programs of one block share: looking up weights and running the block's code."""
+
+    def __init__(self, block: Block, weights: Weights) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, weights=weights)
+
+    def evaluate(
+        self, values: Sequence[Any], scratch: bool = False, frozen: bool = False
+    ) -> tuple[Any, ...]:
+        """Run the block's code.
+
+        Args:
+            values: its inputs, in order.
+            scratch: write running statistics into copies, so that the run leaves no trace.
+            frozen: take parameters without their gradient (a block that is only looked through).
+        """
+        block = self.block
+        tensors = [self.weights[n] for n in block.weights]
+        if scratch and block.mutated:
+            tensors = [t.clone() if n in block.mutated else t for n, t in zip(block.weights, tensors, strict=True)]
+        if frozen:
+            tensors = [t.detach() for t in tensors]
+        if block.opaque:
+            # Code that we cannot see may write into what it is given.
+            values = [v.clone() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+        return block.code(*values, *tensors)
+
+    def extra_repr(self) -> str:
+        return f"{self.block.name}, {len(self.block.trainable)} parameters train"
+
+
+class Forward(BlockProgram):
+    """Values only: ``(*inputs) -> outputs``. Leaves no trace; the recomputation updates running statistics."""
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return self.evaluate(values, scratch=True)
+
+
+class ForwardOnce(BlockProgram):
+    """A block in which nothing trains: values only, running statistics updated."""
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return self.evaluate(values)
+
+
+class LocalGradient(BlockProgram):
+    """Forward, local loss and backward of one block: ``(*values, *inputs) -> (*outputs, loss, grads)``.
+
+    With a horizon the blocks that follow are run as well, without a gradient of their own, and the loss is that of
+    the last of them.
+    """
+
+    def __init__(
+        self,
+        window: Sequence[Block],
+        argument_names: Sequence[str],
+        weights: Weights,
+        local_loss: LocalLoss | None,
+        feature_names: Sequence[str],
+        user_inputs: Sequence[str],
+    ) -> None:
+        super().__init__(window[0], weights)
+        self.__dict__.update(ahead=[BlockProgram(b, weights) for b in window[1:]], local_loss=local_loss)
+        self.argument_names = tuple(argument_names)
+        self.feature_names = tuple(feature_names)
+        self.user_inputs = tuple(user_inputs)
+        self.last = window[-1]
+
+    def losses(self, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
+        """The block's outputs and its local loss, with the autograd graph between them."""
+        env: dict[str, Any] = dict(zip(self.argument_names, values, strict=True))
+        outputs = self._run(self, env)
+        if self.ahead:
+            # Looking ahead draws what the blocks ahead will draw themselves a moment later.
+            state = get_rng_state()
+            for program in self.ahead:
+                self._run(program, env, ahead=True)
+            set_rng_state(state)
+        if self.local_loss is None:
+            return outputs, env[self.last.outputs[0].name]
+        inputs = [env.get(name) for name in self.user_inputs]
+        return outputs, self.local_loss([env[n] for n in self.feature_names], inputs)
+
+    def _run(self, program: BlockProgram, env: dict[str, Any], ahead: bool = False) -> tuple[Any, ...]:
+        block = program.block
+        outputs = program.evaluate([env[n.name] for n in block.inputs], scratch=ahead, frozen=ahead)
+        env.update(zip((n.name for n in block.outputs), outputs, strict=True))
+        return outputs
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            outputs, loss = self.losses(*values)
+            names, tensors = self.gradient_inputs()
+            found = torch.autograd.grad(loss, tensors, allow_unused=True)
+        grads = {n: g for n, g in zip(names, found, strict=True) if g is not None}
+        return (*outputs, loss.detach(), grads)
+
+    def gradient_inputs(self) -> tuple[list[str], list[Tensor]]:
+        names = list(self.block.trainable)
+        tensors = [self.weights[n] for n in names]
+        if self.local_loss is not None:
+            names += self.local_loss.parameter_names
+            tensors += self.local_loss.parameters_now()
+        return names, tensors
+
+
+class LossGradient(BlockProgram):
+    """The last block of the BP step: ``(*inputs) -> (*outputs, *cotangents, grads)``; outputs[0] is the loss."""
+
+    def __init__(self, block: Block, weights: Weights) -> None:
+        super().__init__(block, weights)
+        self.wanted = [i for i, n in enumerate(block.inputs) if n.name in block.differentiable]
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        leaves = list(values)
+        for i in self.wanted:
+            leaves[i] = values[i].detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.evaluate(leaves)
+            names = self.block.trainable
+            inputs = [self.weights[n] for n in names] + [leaves[i] for i in self.wanted]
+            found = torch.autograd.grad(outputs[0], inputs, allow_unused=True)
+        grads = {n: g for n, g in zip(names, found, strict=False) if g is not None}
+        return (*(_detached(o) for o in outputs), *found[len(names) :], grads)
+
+
+class VectorJacobian(BlockProgram):
+    """Recompute a block and differentiate it: ``(rng, *inputs, *cotangents) -> (*cotangents, grads)``.
+
+    Running statistics are updated here, once; the forward sweep left them alone.
+    """
+
+    def __init__(self, block: Block, weights: Weights) -> None:
+        super().__init__(block, weights)
+        self.wanted = [i for i, n in enumerate(block.inputs) if n.name in block.differentiable]
+        self.given = [i for i, n in enumerate(block.outputs) if n.name in block.differentiable]
+
+    def forward(self, rng: RngState | None, *values: Any) -> tuple[Any, ...]:
+        if rng is not None:
+            set_rng_state(rng)
+        count = len(self.block.inputs)
+        leaves, cotangents = list(values[:count]), values[count:]
+        for i in self.wanted:
+            leaves[i] = leaves[i].detach().requires_grad_()
+        names = self.block.trainable
+        with torch.enable_grad():
+            outputs = self.evaluate(leaves)
+            pairs = [
+                (outputs[i], c)
+                for i, c in zip(self.given, cotangents, strict=True)
+                if c is not None and outputs[i].requires_grad
+            ]
+            inputs = [self.weights[n] for n in names] + [leaves[i] for i in self.wanted]
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if pairs and inputs:
+                found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+        grads = {n: g for n, g in zip(names, found, strict=False) if g is not None}
+        return (*found[len(names) :], grads)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def compile_blocks(blocks: Sequence[Block], losses: Sequence[LocalLoss | None], backend: str) -> None:
+    """Compile the blocks' code and the heads with ``torch.compile``; equal blocks are compiled once."""
+    compiled: dict[int, Any] = {}
+    for block in blocks:
+        code = block.code
+        if isinstance(code, fx.GraphModule) and not block.opaque:
+            block.code = compiled.setdefault(id(code), torch.compile(code, backend=backend, fullgraph=True))
+    for loss in losses:
+        if loss is not None and not loss.head.borrows:
+            loss.__dict__["call"] = torch.compile(loss.head, backend=backend)

@@ -1,0 +1,139 @@
+"""The plain run that every capture is measured against: loss, gradients, buffers, and what looks hard to trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpoint_module
+from torch import Tensor, nn
+
+from bpfx.errors import BpfxError
+from bpfx.passes import adapters
+from bpfx.passes.graph import Weights
+from bpfx.passes.rng import preserve, preserved
+
+SEED = 20250424
+
+
+@dataclasses.dataclass
+class Reference:
+    """One plain training step.
+
+    Attributes:
+        tensors: the inputs it ran on.
+        loss: the scalar loss.
+        grads: gradient by canonical parameter name; ``None`` where plain BP reaches the parameter not at all.
+        buffers: buffers after the step.
+        mutated: names of the buffers that the step changed.
+        suspects: module paths that use a custom ``autograd.Function`` or draw from Python's or NumPy's generator.
+        checkpoints: module paths that call ``torch.utils.checkpoint``.
+    """
+
+    tensors: Sequence[Tensor]
+    loss: Tensor
+    grads: dict[str, Tensor | None]
+    buffers: dict[str, Tensor]
+    mutated: set[str]
+    suspects: dict[str, str]
+    checkpoints: dict[str, str]
+
+    @property
+    def unreached(self) -> list[str]:
+        """Trainable parameters that plain BP gives no gradient."""
+        return [name for name, grad in self.grads.items() if grad is None]
+
+
+def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor]) -> Reference:
+    """Run the untouched model once, seeded, and put everything it changed back.
+
+    Raises:
+        BpfxError: nothing in the model trains, or the loss does not depend on a trainable parameter.
+    """
+    trainable = weights.trainable()
+    if not trainable:
+        total = len(weights.parameter_names)
+        raise BpfxError(
+            f"no parameter of the model trains ({total} parameters, none with requires_grad=True); "
+            "call requires_grad_(True) on those to train"
+        )
+    watch = _Watch(program)
+    before = {name: weights[name].detach().clone() for name in weights.buffer_names}
+    with preserve(weights), preserved(SEED), adapters.non_reentrant_checkpoint(), torch.enable_grad():
+        with watch.watching():
+            loss, *_ = program(*tensors)
+        if not loss.requires_grad:
+            raise BpfxError("the loss does not depend on any trainable parameter (is the model under no_grad?)")
+        found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
+        buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
+    mutated = {n for n, b in before.items() if not torch.equal(b, buffers[n])}
+    grads = dict(zip(trainable, found, strict=True))
+    return Reference(tensors, loss.detach(), grads, buffers, mutated, watch.suspects, watch.checkpoints)
+
+
+class _Watch:
+    """Notes which module calls a custom autograd Function, a checkpoint, or a generator that no tracer sees."""
+
+    def __init__(self, program: nn.Module) -> None:
+        self.paths = {id(m): path for path, m in program.named_modules()}
+        self.stack: list[tuple[str, Any]] = []
+        self.suspects: dict[str, str] = {}
+        self.checkpoints: dict[str, str] = {}
+
+    def here(self) -> str:
+        path = self.stack[-1][0] if self.stack else ""
+        return path.removeprefix("model.") if path.startswith("model.") else ""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        function_apply = torch.autograd.Function.__dict__["apply"]
+        generator = checkpoint_module._checkpoint_without_reentrant_generator
+        module = nn.modules.module
+
+        def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            self.suspects.setdefault(self.here(), f"custom autograd.Function {cls.__name__}")
+            return function_apply.__get__(None, cls)(*args, **kwargs)
+
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            self.checkpoints.setdefault(self.here(), "torch.utils.checkpoint inside")
+            return generator(*args, **kwargs)
+
+        handles = [
+            module.register_module_forward_pre_hook(lambda m, args: self._push(m)),
+            module.register_module_forward_hook(lambda m, args, output: self._pop(m)),
+        ]
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+        checkpoint_module._checkpoint_without_reentrant_generator = checkpointed
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = function_apply  # type: ignore[method-assign]
+            checkpoint_module._checkpoint_without_reentrant_generator = generator
+            for handle in handles:
+                handle.remove()
+
+    def _push(self, m: nn.Module) -> None:
+        if id(m) in self.paths:
+            self.stack.append((self.paths[id(m)], _outside_generators()))
+
+    def _pop(self, m: nn.Module) -> None:
+        if id(m) not in self.paths or not self.stack:
+            return
+        path, before = self.stack[-1]
+        after = _outside_generators()
+        if before != after:
+            self.suspects.setdefault(self.here(), "draws from Python's or NumPy's random generator")
+            # The callers saw the same draw through this module; it is not theirs.
+            self.stack = [(p, after) for p, _ in self.stack]
+        self.stack.pop()
+
+
+def _outside_generators() -> Any:
+    numpy = sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy else None
+    return random.getstate(), (drawn[1].tobytes(), drawn[2]) if drawn is not None else None

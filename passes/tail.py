@@ -1,0 +1,193 @@
+"""The end of the forward graph: what the loss is computed from, and the layers between a block's output and that.
+
+A head is trained with the model's own loss, taken from the graph (:func:`loss_program`), and starts as a copy of the
+model's own last layers where the shapes allow (:func:`find_tail`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_path
+
+_aten = torch.ops.aten
+_DROPOUT = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
+
+
+@dataclasses.dataclass
+class SubProgram:
+    """A piece of the graph as a module of its own.
+
+    Attributes:
+        module: called with ``(*values, *inputs, *weights)``.
+        values: the nodes whose values it starts from.
+        inputs: indices of the user inputs it reads.
+        weights: canonical names of the weights it reads.
+    """
+
+    module: fx.GraphModule
+    values: list[fx.Node]
+    inputs: list[int]
+    weights: list[str]
+
+
+def find_predictions(graph: ModelGraph, weights: Weights, outside_loss: bool) -> list[fx.Node]:
+    """The values that the loss is computed from.
+
+    With an outside ``loss_fn`` these are the model's outputs. Inside a model they are the values from which on no
+    parameter is used any more (logits, as a rule).
+    """
+    live = differentiable_nodes(graph, weights)
+    upstream = ancestors(graph.loss)
+    if outside_loss:
+        found = [n for n in graph.outputs if isinstance(n, fx.Node) and n in live and n in upstream and n != graph.loss]
+        return list(dict.fromkeys(found))
+    own = {n for n, name in graph.weight_of.items() if not name.startswith(("loss_fn.", "constant."))}
+    suffix: set[fx.Node] = set()
+    for node in reversed(graph.graph.nodes):
+        if node not in upstream or node not in live or node.op == "placeholder":
+            continue
+        users = [u for u in node.users if u in upstream]
+        if not any(a in own for a in node.all_input_nodes) and all(u in suffix for u in users):
+            suffix.add(node)
+    return [
+        n
+        for n in graph.graph.nodes
+        if n in live and n not in suffix and n.op != "placeholder" and any(u in suffix for u in n.users)
+    ]
+
+
+def loss_program(graph: ModelGraph, predictions: Sequence[fx.Node]) -> SubProgram | None:
+    """The loss as a function of the predictions and the user inputs; ``None`` where it needs other activations."""
+    return _extract(graph, [graph.loss], list(predictions), drop=False)
+
+
+def find_tail(
+    graph: ModelGraph, weights: Weights, boundary: fx.Node, predictions: Sequence[fx.Node]
+) -> SubProgram | None:
+    """The model's own last layers, from a value shaped like ``boundary`` to the predictions.
+
+    Returns ``None`` where no value of that shape stands alone before the end, or where the way from there to the
+    predictions trains nothing.
+    """
+    shape, dtype = _signature(boundary)
+    live = differentiable_nodes(graph, weights)
+    nodes = graph.compute_nodes()
+    order = {n: i for i, n in enumerate(nodes)}
+    upstream = set().union(*(ancestors(p) for p in predictions)) | set(predictions)
+    last_use = {n: max((order.get(u, -1) for u in n.users if u in upstream), default=-1) for n in nodes}
+    for start in reversed(nodes):
+        if start not in upstream or start not in live or start in predictions or _signature(start) != (shape, dtype):
+            continue
+        if graph.batch_dims.get(start) != graph.batch_dims.get(boundary):
+            continue
+        position = order[start]
+        if any(n in live and last_use[n] > position for n in nodes[:position] if n in upstream):
+            continue  # something else crosses here as well
+        found = _extract(graph, list(predictions), [_before_norm(graph, weights, start, live, order)], drop=True)
+        return found if found is not None and _is_readout(found, weights) else None
+    return None
+
+
+def _is_readout(program: SubProgram, weights: Weights) -> bool:
+    """Whether a copy makes a head: it trains something, and is a readout of a layer or two, not half a network."""
+    matrices = sum(weights[n].dim() >= 2 for n in program.weights if n in weights.parameter_names)
+    convolves = any("conv" in str(n.target) for n in program.module.graph.nodes if n.op == "call_function")
+    return 1 <= matrices <= 2 and not convolves
+
+
+def last_linear(graph: ModelGraph, predictions: Sequence[fx.Node]) -> tuple[str, str | None] | None:
+    """Weight and bias names of the last linear layer before the predictions."""
+    upstream = set().union(*(ancestors(p) for p in predictions)) | set(predictions)
+    for node in reversed(graph.compute_nodes()):
+        if node in upstream and node.target is _aten.linear.default and node.args[1] in graph.weight_of:
+            bias = node.args[2] if len(node.args) > 2 else None
+            return graph.weight_of[node.args[1]], graph.weight_of.get(bias) if bias is not None else None
+    return None
+
+
+def _before_norm(
+    graph: ModelGraph, weights: Weights, start: fx.Node, live: set[fx.Node], order: dict[fx.Node, int]
+) -> fx.Node:
+    """Step back over a final normalisation or dropout: a head on an unfinished stream needs them as well."""
+    while True:
+        path = module_path(start)
+        inside = [n for n in order if module_path(n) == path]
+        vectors = all(
+            weights[graph.weight_of[a]].dim() <= 1
+            for n in inside
+            for a in n.all_input_nodes
+            if a in graph.weight_of
+        )
+        entering = {a for n in inside for a in n.all_input_nodes if a in live and a in order and a not in inside}
+        if not path or not vectors or len(entering) != 1 or len(inside) > 12:
+            return start
+        before = entering.pop()
+        reads_norm = any(a in graph.weight_of for n in inside for a in n.all_input_nodes)
+        if _signature(before) != _signature(start) or not (reads_norm or start.target in _DROPOUT):
+            return start
+        start = before
+        if reads_norm:
+            return start
+
+
+def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], drop: bool) -> SubProgram | None:
+    """Everything between ``starts`` and ``results``, recomputing from inputs and weights what else is needed."""
+    wanted: set[fx.Node] = set()
+    stack = [r for r in results if r not in starts]
+    while stack:
+        node = stack.pop()
+        if node in wanted or node in starts:
+            continue
+        wanted.add(node)
+        stack.extend(node.all_input_nodes)
+    start_ancestors = set().union(*(ancestors(s) for s in starts))
+    for node in wanted & start_ancestors:
+        # Recomputing what the model computed before is right for a shape or a mask, not for a trunk of layers.
+        if any(a in graph.weight_of for a in node.all_input_nodes):
+            return None
+    if drop and any(
+        torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and n.target not in _DROPOUT for n in wanted
+    ):
+        return None
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {s: new.placeholder(s.name) for s in starts}
+    inputs = [i for i, n in enumerate(graph.inputs) if n in wanted]
+    for i in inputs:
+        node = graph.inputs[i]
+        assert node is not None
+        env[node] = new.placeholder(node.name)
+    names = [n for n in graph.graph.nodes if n in wanted and n in graph.weight_of]
+    for node in names:
+        env[node] = new.placeholder(node.name)
+    for node in graph.graph.nodes:
+        if node not in wanted or node in env:
+            continue
+        if drop and node.target in _DROPOUT:
+            # Heads draw nothing: the blocks' own draws must stay those of the plain model.
+            env[node] = env[node.args[0]]
+        else:
+            env[node] = new.node_copy(node, lambda n: env[n])
+    out = [env[r] for r in results]
+    new.output(out[0] if len(out) == 1 else tuple(out))
+    return SubProgram(fx.GraphModule(graph.root, new), starts, inputs, [graph.weight_of[n] for n in names])
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return seen
+
+
+def _signature(node: fx.Node) -> tuple[tuple[int, ...] | None, torch.dtype | None]:
+    value = node.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (None, None)

@@ -1,6 +1,6 @@
 """Predicted against measured peak memory of training steps on the CPU.
 
-    python benchmarks/predicted_peak.py                       # the whole table, about 4 minutes on 2 cores, 4 GiB
+    python benchmarks/predicted_peak.py                       # the whole table, 2 minutes on 2 quiet cores
     python benchmarks/predicted_peak.py --only resnet18       # cases whose name contains a word
 
 Writes ``benchmarks/results/predicted_peak.json`` and ``.md``. Peaks are MiB above the state before the step: model,

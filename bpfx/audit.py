@@ -86,11 +86,12 @@ def audit(step: Step, *batch: Any, cut: bool = True) -> Audit:
     interpreter = _Interpreter(variant.local_step, step, cut)
     with preserve(compiler.weights), torch.enable_grad():
         interpreter.run(*tensors)
-    # Block k's loss lies `horizon - 1` blocks ahead and gives a gradient to block k alone.
+    # The loss at the end of block k may reach block k and the `horizon - 1` blocks before it, and its own head.
     allowed: dict[int, set[str]] = {}
     for k in interpreter.reaches:
-        loss = variant.losses[min(k + compiler.horizon, len(variant.blocks)) - 1]
-        allowed[k] = {*variant.blocks[k].trainable, *(loss.parameter_names if loss is not None else ())}
+        seen = variant.blocks[max(0, k - compiler.horizon + 1) : k + 1]
+        loss = variant.losses[k]
+        allowed[k] = {n for b in seen for n in b.trainable} | set(loss.parameter_names if loss is not None else ())
     return Audit(interpreter.reaches, allowed, [b.name for b in variant.blocks], cut)
 
 
@@ -111,7 +112,8 @@ class _Interpreter(fx.Interpreter):
             return super().call_module(target, args, kwargs)
         outputs, loss = program.losses(*args)
         found = torch.autograd.grad(loss, list(self.named.values()), retain_graph=True, allow_unused=True)
-        self.reaches[program.block.index] = {n for n, g in zip(self.named, found, strict=True) if g is not None}
+        reached = {n for n, g in zip(self.named, found, strict=True) if g is not None}
+        self.reaches.setdefault(program.last.index, set()).update(reached)
         return (*outputs, loss.detach(), {})
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from bpfx.memory import format_bytes
 from bpfx.passes import emit, heads, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
 from bpfx.passes.capture import Captured, capture
-from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
+from bpfx.passes.graph import ModelGraph, Weights, ancestors, tensor_bytes
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes, predict_peak
 from bpfx.plan import BlockPlan, Crossing, Plan
@@ -80,13 +80,13 @@ class Compiler:
         started = time.perf_counter()
         captured = capture(model, loss_fn, self.spec, tensors)
         self.weights: Weights = captured.weights
+        self.heads: nn.ModuleList | None = None
         self._notes: list[str] = []
         predictions = self._prepare(captured, tensors)
         self._check_targets(captured.graph)
         cuts = self._choose(captured, predictions, tensors, blocks)
         names = captured.graph.compute_nodes()
         self._cut_after = [(c, names[c].name) for c in cuts]
-        self.heads: nn.ModuleList | None = None
         self.main = self._emit(captured, predictions, cuts)
         self.heads = self.main.heads
         self.plan = self._plan(self.main, tensors)
@@ -147,10 +147,12 @@ class Compiler:
 
     def _prepare(self, captured: Captured, tensors: Sequence[Tensor]) -> list[fx.Node]:
         shapes.propagate(captured.graph, self.weights, tensors)
-        return tail.find_predictions(captured.graph, self.weights, self.loss_fn is not None)
+        return tail.find_predictions(
+            captured.graph, self.weights, self.spec.targets if self.loss_fn is not None else None
+        )
 
     def _check_targets(self, graph: ModelGraph) -> None:
-        upstream = tail.ancestors(graph.loss)
+        upstream = ancestors(graph.loss)
         for i in self.spec.targets:
             if graph.inputs[i] not in upstream:
                 raise BpfxError(
@@ -182,7 +184,7 @@ class Compiler:
         def fits(cuts: list[int]) -> bool:
             if partition.largest(found, cuts) > limit:
                 return False  # the block alone is too large; no need to predict the step
-            return self._predicted(captured, predictions, cuts, tensors)["local"] <= limit
+            return self._predicted(captured, predictions, cuts, tensors, ("local",))["local"] <= limit
 
         return partition.choose(found, "auto", fits)
 
@@ -245,11 +247,16 @@ class Compiler:
         return predict_peak(plain, {n: self.weights[n] for n in self.weights.names()}, list(tensors)).peak_bytes
 
     def _predicted(
-        self, captured: Captured, predictions: list[fx.Node], cuts: list[int], tensors: Sequence[Tensor]
+        self,
+        captured: Captured,
+        predictions: list[fx.Node],
+        cuts: list[int],
+        tensors: Sequence[Tensor],
+        kinds: Sequence[str] = ("local", "bp_blocks"),
     ) -> dict[str, int]:
         """Peaks of our two steps over these cuts, which need not be the ones that are chosen."""
         with normalise.undone(captured.graph):
-            return self._peaks(self._emit(captured, predictions, cuts), tensors)
+            return self._peaks(self._emit(captured, predictions, cuts), tensors, kinds)
 
     def _tensors_of(self, variant: Variant) -> dict[str, Tensor]:
         """Every weight, and every tensor of the heads, by name."""
@@ -260,7 +267,9 @@ class Compiler:
                 named.update((f"heads.{loss.block}.{n}", t) for n, t in loss.head.named_buffers())
         return named
 
-    def _peaks(self, variant: Variant, tensors: Sequence[Tensor]) -> dict[str, int]:
+    def _peaks(
+        self, variant: Variant, tensors: Sequence[Tensor], kinds: Sequence[str] = ("local", "bp_blocks")
+    ) -> dict[str, int]:
         named = self._tensors_of(variant)
 
         def run(step: fx.GraphModule) -> int:
@@ -270,7 +279,8 @@ class Compiler:
 
             return predict_peak(fn, named, list(tensors)).peak_bytes
 
-        return {"local": run(variant.local_step), "bp_blocks": run(variant.bp_step)}
+        steps = {"local": variant.local_step, "bp_blocks": variant.bp_step}
+        return {kind: run(steps[kind]) for kind in kinds}
 
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:
         predicted: dict[str, int] = {}
@@ -297,8 +307,8 @@ class Compiler:
                     parameters=sum(self.weights[n].numel() for n in parameters),
                     parameter_bytes=sum(tensor_bytes(self.weights[n]) for n in parameters),
                     parameter_names=list(block.trainable),
-                    inputs=[_crossing(n, block) for n in block.inputs],
-                    outputs=[_crossing(n, block) for n in block.outputs],
+                    inputs=_crossings(block.inputs, block),
+                    outputs=_crossings(block.outputs, block),
                     head=loss.head.description if loss is not None else None,
                     head_parameters=sum(p.numel() for p in loss.head.parameters()) if loss is not None else 0,
                     opaque=block.opaque,
@@ -375,13 +385,13 @@ def placeholder_values(graph: ModelGraph, weights: Weights, tensors: Sequence[Te
     return ordered(graph, {n: weights[n] for n in graph.weight_of.values()}, tensors)
 
 
-def _crossing(node: fx.Node, block: lower.Block) -> Crossing:
-    value = node.meta.get("val")
-    tensor = value if isinstance(value, Tensor) else None
-    return Crossing(
-        node.name,
-        tuple(int(s) for s in tensor.shape) if tensor is not None else (),
-        tensor.dtype if tensor is not None else None,
-        tensor_bytes(value),
-        node.name in block.differentiable,
-    )
+def _crossings(nodes: Sequence[fx.Node], block: lower.Block) -> list[Crossing]:
+    """The tensors among these values; a size that crosses as a number is no tensor and costs nothing."""
+    found = []
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            shape = tuple(int(s) for s in value.shape)
+            differentiable = node.name in block.differentiable
+            found.append(Crossing(node.name, shape, value.dtype, tensor_bytes(value), differentiable))
+    return found

@@ -162,6 +162,7 @@ class LinearHead(Head):
         return "pooled"
 
     def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        # Samples first, features last, positions in between.
         rows = [
             norm(v.movedim((f.batch_dim, f.channel_dim), (0, -1)))
             for v, f, norm in zip(values, self.features, self.norms, strict=True)
@@ -182,12 +183,17 @@ class LinearHead(Head):
                 # Another sequence than the predicted one (an encoder's): resize along the tokens.
                 tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), target.shape[1]).transpose(1, 2)
             return tokens
-        pooled = torch.cat([r.flatten(1, -2).mean(1) if r.dim() > 2 else r for r in rows], -1)
-        flat = linear(pooled)
+        flat = linear(torch.cat([_average(r) for r in rows], -1))
         shape = list(target.shape)
         dim = target.batch_dim if target.batch_dim is not None else 0
         rest = shape[:dim] + shape[dim + 1 :]
         return flat.reshape(flat.shape[0], *rest).movedim(0, dim)
+
+
+def _average(rows: Tensor) -> Tensor:
+    """Mean over the positions. A sum's backward is an expanded view, a mean's would be a second activation."""
+    positions = list(range(1, rows.dim() - 1))
+    return rows.sum(positions) / math.prod(rows.shape[1:-1]) if positions else rows
 
 
 def _outputs(target: Target, form: str) -> int:

@@ -137,9 +137,9 @@ class RefreshSum:
         else:
             total[name] = value if weight == 1.0 else value * weight
 
-    def finish(self, old: Mapping[str, Tensor]) -> tuple[Grads, dict[int, dict[str, float]]]:
+    def finish(self, old: Mapping[str, Tensor]) -> tuple[Grads, dict[int, dict[str, float | None]]]:
         """Return Δ and the statistics per block: cosine, ratio, staleness, spread."""
-        statistics: dict[int, dict[str, float]] = {}
+        statistics: dict[int, dict[str, float | None]] = {}
         for block in sorted(set(self.block_of.values())):
             names = [n for n in self.offset if self.block_of[n] == block]
             if not names:
@@ -152,25 +152,25 @@ class RefreshSum:
             previous = [old[n] for n in names if n in old]
             statistics[block] = {
                 "cosine": _cosine(present, local),
-                "ratio": math.sqrt(square / _dot(present, present)) if _dot(present, present) > 0 else math.nan,
-                "staleness": _cosine(delta, previous) if len(previous) == len(delta) else math.nan,
+                "ratio": math.sqrt(square / _dot(present, present)) if _dot(present, present) > 0 else None,
+                "staleness": _cosine(delta, previous) if len(previous) == len(delta) else None,
                 "spread": self._spread(block, square),
             }
         return self.offset, statistics
 
-    def _spread(self, block: int, square: float) -> float:
+    def _spread(self, block: int, square: float) -> float | None:
         """Share of ‖Δ‖² that is noise: the estimated squared error of the mean over ‖Δ‖²."""
         if self._pieces < 2 or square == 0:
-            return math.nan
+            return None
         effective = 1 / sum(w * w for w in self._weights)
         variance = max(self._squares[block] - square, 0.0)  # of one piece around the mean, biased
-        return variance / (effective - 1) / square if effective > 1 else math.nan
+        return variance / (effective - 1) / square if effective > 1 else None
 
 
 def _dot(first: list[Tensor], second: list[Tensor]) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
 
 
-def _cosine(first: list[Tensor], second: list[Tensor]) -> float:
+def _cosine(first: list[Tensor], second: list[Tensor]) -> float | None:
     norms = math.sqrt(_dot(first, first) * _dot(second, second))
-    return _dot(first, second) / norms if norms > 0 else math.nan
+    return _dot(first, second) / norms if norms > 0 else None

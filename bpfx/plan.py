@@ -16,7 +16,7 @@ class Crossing:
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    dtype: torch.dtype
     bytes: int
     differentiable: bool
 

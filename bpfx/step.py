@@ -43,7 +43,7 @@ class Diagnostics:
     Attributes:
         refreshes: one record per refresh: ``iteration``; ``blocks``, a list of ``block``, ``cosine`` (of BP and local
             gradient), ``ratio`` (‖Δ‖/‖g_BP‖), ``staleness`` (cosine of the new and the old Δ), ``spread`` (share of
-            ‖Δ‖² that the micro-batches disagree on) and ``lam``; ``cosine``, the mean over blocks that have an offset.
+            ‖Δ‖² that the micro-batches disagree on) and ``lam``, each ``None`` where there is nothing to compare; ``cosine``, the mean over blocks that have an offset.
     """
 
     refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -231,9 +231,11 @@ class Step(nn.Module):
             return
         self.offset_state = offset
         if self.offset.lam == "auto":
-            self._lam = {k: min(max(1.0 - s["spread"], 0.0), 1.0) for k, s in statistics.items()}
+            self._lam = {k: min(max(1.0 - (s["spread"] or 0.0), 0.0), 1.0) for k, s in statistics.items()}
         blocks = [{"block": k, **s, "lam": self._lam.get(k)} for k, s in statistics.items()]
-        inner = [s["cosine"] for k, s in statistics.items() if k < len(self.plan.blocks) - 1]
+        # The last block's gradients are equal by construction; they would only flatter the mean.
+        cosines = {k: s["cosine"] for k, s in statistics.items() if k < len(self.plan.blocks) - 1}
+        inner = [c for c in cosines.values() if c is not None]
         mean = sum(inner) / len(inner) if inner else 1.0
         self.diagnostics.refreshes.append({"iteration": self.iteration, "blocks": blocks, "cosine": mean})
 

@@ -81,3 +81,16 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     parameters = inspect.signature(base.forward).parameters
     return {**kwargs, "use_cache": False} if "use_cache" in parameters else kwargs
+
+
+def rewritten_weights(model: nn.Module) -> list[str]:
+    """Frozen weights that PEFT's LoRA on ``nn.MultiheadAttention`` adds to and subtracts from in its forward.
+
+    The rounding of that stays behind after every forward, so a run that must leave no trace puts them back.
+    """
+    layers = sys.modules.get("peft.tuners.lora.layer")
+    if layers is None:
+        return []
+    paths = [path for path, m in model.named_modules() if isinstance(m, layers.MultiheadAttention)]
+    suffixes = ("base_layer.in_proj_weight", "base_layer.out_proj.base_layer.weight")
+    return [f"{path}.{suffix}" if path else suffix for path in paths for suffix in suffixes]

@@ -74,9 +74,10 @@ def analyse(graph: fx.Graph) -> Aliases:
     mutations: dict[fx.Node, list[Mutation]] = {}
     for node, target in writes:
         group = groups[root[target]]
-        # A view of the group that is read after the write would miss a functional replacement.
+        # A view taken before the write and read after it would miss a functional replacement.
         viewed_later = any(
-            not whole[member] and any(order[user] > order[node] for user in member.users) for member in group
+            not whole[member] and order[member] < order[node] and any(order[u] > order[node] for u in member.users)
+            for member in group
         )
         functional = _functional(node.target)
         simple = whole[target] and not viewed_later and functional is not None

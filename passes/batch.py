@@ -172,8 +172,15 @@ def loss_of(output: Any) -> Any:
     return loss
 
 
-def as_module(loss_fn: LossFn | None) -> nn.Module | None:
-    return loss_fn if isinstance(loss_fn, nn.Module) else None
+class Loss(nn.Module):
+    """The caller's ``loss_fn`` as a module, so that it has a path of its own in the graph."""
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+
+    def forward(self, output: Any, target: Any) -> Any:
+        return self.loss_fn(output, target)
 
 
 def _index(path: tuple[Any, ...], depth: int) -> Any:

@@ -28,8 +28,8 @@ from torch.export.graph_signature import InputKind
 
 from bpfx.errors import BpfxError
 from bpfx.passes import adapters, opaque
-from bpfx.passes.batch import BatchSpec, LossFn, as_module, call_model
-from bpfx.passes.graph import ModelGraph, Weights, module_path
+from bpfx.passes.batch import BatchSpec, Loss, LossFn, call_model
+from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, module_name
 from bpfx.passes.rng import preserve
 from bpfx.passes.reference import Reference, run_reference
 from bpfx.passes.verify import Mismatch, verify
@@ -44,8 +44,7 @@ class Program(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: LossFn | None, spec: BatchSpec) -> None:
         super().__init__()
         self.model = model
-        self.loss_fn = as_module(loss_fn)
-        self._plain_loss = None if self.loss_fn is not None else loss_fn
+        self.outside_loss = None if loss_fn is None else Loss(loss_fn)
         self._spec = spec
         self.output_spec: pytree.TreeSpec | None = None
         self.output_constants: dict[int, Any] = {}
@@ -53,7 +52,7 @@ class Program(nn.Module):
     def forward(self, *flat: Tensor) -> Any:
         args, kwargs = self._spec.unflatten(flat)
         kwargs = adapters.without_cache(self.model, kwargs)
-        loss, output = call_model(self.model, self.loss_fn or self._plain_loss, args, kwargs)
+        loss, output = call_model(self.model, self.outside_loss, args, kwargs)
         check_loss(loss)
         leaves, self.output_spec = pytree.tree_flatten(output)
         self.output_constants = {i: v for i, v in enumerate(leaves) if not isinstance(v, Tensor)}
@@ -76,22 +75,22 @@ class Captured:
 def check_loss(loss: Any) -> None:
     """Raise unless ``loss`` is one floating-point number."""
     if not isinstance(loss, Tensor):
-        raise BpfxError(f"the loss is {type(loss).__name__}, it must be a scalar tensor")
-    if loss.dim() > 0 and loss.numel() != 1 or loss.dim() > 0:
+        raise BpfxError(f"the loss must be a scalar floating-point tensor, but is a {type(loss).__name__}")
+    if loss.dim() > 0:
         raise BpfxError(
-            f"the loss has shape {tuple(loss.shape)}, it must be a scalar; reduce it, with loss.mean() for example"
+            f"the loss must be a scalar, but has shape {tuple(loss.shape)}; reduce it, with loss.mean() for example"
         )
     if not loss.is_floating_point():
         raise BpfxError(f"the loss has dtype {loss.dtype}, it must be floating point")
 
 
 def make_weights(model: nn.Module, loss_fn: LossFn | None) -> Weights:
-    """All weights of the model under their own names, and those of a loss module under ``loss_fn.``."""
+    """All weights of the model under their own names, and those of a loss module under ``outside_loss.``."""
     weights = Weights()
     weights.add_module("", model)
-    loss_module = as_module(loss_fn)
-    if loss_module is not None:
-        weights.add_module("loss_fn", loss_module)
+    weights.rewritten = [name for name in adapters.rewritten_weights(model) if name in weights]
+    if loss_fn is not None:
+        weights.add_module(OUTSIDE_LOSS, Loss(loss_fn))
     return weights
 
 
@@ -133,8 +132,8 @@ class _Attempts:
         self.model, self.loss_fn, self.spec, self.weights = model, loss_fn, spec, weights
         self.full = tensors
         self.log: list[str] = []
-        self.modules = {path: m for path, m in model.named_modules()}
         self.program = Program(model, loss_fn, spec)
+        self.modules = {module_name(path): m for path, m in self.program.named_modules()}
         # A few samples are enough to compare two programs, and the caller may have no memory for plain BP.
         few = min(VERIFY_SAMPLES, spec.batch_size)
         self.few = spec.narrow(tensors, 0, few) if few < spec.batch_size else tensors
@@ -342,7 +341,7 @@ def graph_of(
 
 def weight_name(target: str) -> str:
     """Name in the model of a name in the capture's wrapper."""
-    return target.removeprefix("model.") if target.startswith("model.") else target
+    return target.removeprefix("model.")
 
 
 def _guard(exported: torch.export.ExportedProgram) -> Callable[..., Any]:
@@ -453,7 +452,7 @@ class _ModuleTracker:
 
     def culprit(self) -> str:
         path = self.stack[-1] if self.stack else next(iter(self.changed), "")
-        return weight_name(path) if path.startswith("model.") else ""
+        return module_name(path)
 
 
 def _slots(module: nn.Module) -> dict[str, dict[str, Tensor]]:

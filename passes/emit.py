@@ -44,7 +44,7 @@ class _Writer:
 
     def outputs(self, call: fx.Node, block: Block, cut: bool) -> None:
         for i, n in enumerate(block.outputs):
-            if cut and n is self.source.loss:
+            if cut and block.trainable and n is self.source.loss:
                 continue  # the program returns it by itself, without its autograd graph
             value = self.item(call, i, n.name)
             if cut and n.name in block.differentiable:
@@ -78,7 +78,7 @@ def emit_local_step(
                 ForwardOnce(block, weights),
                 [writer.values[n] for n in block.inputs],
             )
-            writer.outputs(call, block, cut=False)
+            writer.outputs(call, block, cut=True)
             if block is blocks[-1]:
                 local_losses.append(writer.values[block.outputs[0]])
             continue
@@ -102,6 +102,7 @@ def emit_local_step(
         writer.outputs(call, block, cut=True)
         local_losses.append(writer.item(call, len(block.outputs), f"loss_{block.index}"))
         grads.append(writer.item(call, len(block.outputs) + 1, f"grads_{block.index}"))
+    writer.values[graph.loss] = local_losses[-1]  # a model that returns its loss returns it as an output, too
     return writer.module((local_losses[-1], tuple(local_losses), tuple(grads), writer.results()), "LocalStep")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -30,6 +31,7 @@ class Weights:
         self._override: dict[str, Tensor] | None = None
         self.parameter_names: list[str] = []
         self.buffer_names: list[str] = []
+        self.rewritten: list[str] = []  # parameters that the model's own forward writes to
 
     def add_module(self, prefix: str, module: nn.Module) -> None:
         """Register every parameter and buffer of ``module`` under ``prefix``; tied ones get one canonical name."""
@@ -143,13 +145,20 @@ def module_paths(node: fx.Node) -> list[str]:
     return [strip_wrapper(entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
 
 
+# The capture wraps the model as ``model`` and the caller's loss as this.
+OUTSIDE_LOSS = "outside_loss"
+
+
+def module_name(path: str) -> str:
+    """Path in the model of a path in the capture's wrapper: ``model.layer1.0`` → ``layer1.0``."""
+    if path.startswith(OUTSIDE_LOSS):
+        return path
+    return path.removeprefix("model.") if path.startswith("model.") else ""
+
+
 def strip_wrapper(path: str) -> str:
-    """``model.layer1.0`` → ``layer1.0``: the capture wraps the model as ``model`` and the loss as ``loss_fn``."""
-    # Calls of the same module a second time carry a suffix "@1"; the path itself is what users know.
-    path = path.split("@")[0]
-    if path == "model":
-        return ""
-    return path.removeprefix("model.")
+    """As :func:`module_name`; calls of the same module a second time carry a suffix ``@1`` there."""
+    return module_name(path.split("@")[0])
 
 
 def tensor_bytes(value: Any) -> int:
@@ -164,6 +173,12 @@ def is_differentiable_dtype(value: Any) -> bool:
 def is_no_grad_region(node: fx.Node) -> bool:
     """Whether ``node`` is a captured ``torch.no_grad()`` region (its result carries no gradient)."""
     return node.op == "call_function" and "set_grad_enabled" in str(node.target) and bool(node.args) and not node.args[0]
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Every node whose value ``node`` depends on."""
+    flow = nx.DiGraph((a, n) for n in node.graph.nodes for a in n.all_input_nodes)
+    return nx.ancestors(flow, node) if node in flow else set()
 
 
 DETACHING = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}

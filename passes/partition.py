@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, fx
 
@@ -20,6 +19,7 @@ from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_
 from bpfx.passes.normalise import barred_cuts
 
 MAX_CANDIDATES = 160
+MAX_AUTO = 16
 _aten = torch.ops.aten
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "hardtanh"}
 
@@ -70,7 +70,15 @@ class Liveness:
             any(a in graph.weight_of and weights[graph.weight_of[a]].requires_grad for a in n.all_input_nodes)
             for n in self.nodes
         ]
-        self.dag = nx.DiGraph((a, n) for n in self.nodes for a in n.all_input_nodes if a in self.order)
+        counted: set[str] = set()
+        self.gradients = [self._gradient_bytes(n, counted) for n in self.nodes]
+
+    def _gradient_bytes(self, node: fx.Node, counted: set[str]) -> int:
+        """Bytes of the gradients of the parameters that ``node`` is the first to use."""
+        names = {self.graph.weight_of[a] for a in node.all_input_nodes if a in self.graph.weight_of}
+        new = {n for n in names - counted if self.weights[n].requires_grad}
+        counted |= new
+        return sum(tensor_bytes(self.weights[n]) for n in new)
 
     def crossing(self, position: int) -> list[fx.Node]:
         """Values produced at or before ``position`` and read after it."""
@@ -153,7 +161,7 @@ def choose(liveness: Liveness, blocks: Blocks, fits: Callable[[list[int]], bool]
         raise BpfxError(f"blocks={blocks!r}: the only word is 'auto'; module names go in a list, as in [{blocks!r}]")
     if isinstance(blocks, int):
         if blocks < 1:
-            raise BpfxError(f"blocks={blocks}: there is at least 1 block")
+            raise BpfxError(f"blocks={blocks}: pass a count of at least 1, or 'auto'")
         cuts = balanced(liveness, points, blocks)
         if cuts is None:
             raise BpfxError(
@@ -191,8 +199,6 @@ def by_name(liveness: Liveness, points: list[CutPoint], names: list[str]) -> lis
                 "or memory is overwritten across that place"
             )
         cuts.append(position)
-    if sorted(cuts) != cuts:
-        raise BpfxError(f"blocks: list the modules in the order in which they run, got {names}")
     return sorted(set(cuts))
 
 
@@ -273,14 +279,14 @@ def _costs(liveness: Liveness, ends: list[int], crossing: list[int]) -> list[lis
     m = len(ends)
     cost = [[infinite] * m for _ in range(m)]
     for i in range(m):
-        saved, largest, trains = 0, 0, False
+        saved, biggest, trains = 0, 0, False
         for j in range(i + 1, m):
             for p in range(ends[j - 1] + 1, ends[j] + 1):
-                saved += liveness.saved[p]
-                largest = max(largest, sizes[p])
+                saved += liveness.saved[p] + liveness.gradients[p]
+                biggest = max(biggest, sizes[p])
                 trains = trains or liveness.trains[p]
             if trains:
-                cost[i][j] = crossing[i] + saved + 2 * largest
+                cost[i][j] = crossing[i] + saved + 2 * biggest
     return cost
 
 
@@ -290,17 +296,17 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _auto(liveness: Liveness, points: list[CutPoint], fits: Callable[[list[int]], bool] | None) -> list[int]:
-    """The fewest blocks that fit."""
-    most = min(16, most_blocks(liveness, points))
-    cuts: list[int] = []
-    for count in range(1, most + 1):
-        found = balanced(liveness, points, count)
-        if found is None:
+    """The fewest blocks that fit; where none do, the fewest whose largest block is about as small as it gets."""
+    tried: list[tuple[float, list[int]]] = []
+    for count in range(1, min(MAX_AUTO, most_blocks(liveness, points)) + 1):
+        cuts = balanced(liveness, points, count)
+        if cuts is None:
             break
-        cuts = found
         if fits is not None and fits(cuts):
-            break
-    return cuts
+            return cuts
+        tried.append((largest(liveness, cuts), cuts))
+    smallest = min(size for size, _ in tried)
+    return next(cuts for size, cuts in tried if size <= 1.05 * smallest)
 
 
 def largest(liveness: Liveness, cuts: Sequence[int]) -> float:

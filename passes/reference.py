@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
 from bpfx.passes import adapters
-from bpfx.passes.graph import Weights
+from bpfx.passes.graph import Weights, module_name
 from bpfx.passes.rng import preserve, preserved
 
 SEED = 20250424
@@ -69,8 +69,9 @@ def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor
             loss, *_ = program(*tensors)
         if not loss.requires_grad:
             raise BpfxError("the loss does not depend on any trainable parameter (is the model under no_grad?)")
-        found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
+        # Before the backward: a checkpointed region that updates its BatchNorm again when it recomputes counts once.
         buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
+        found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
     mutated = {n for n, b in before.items() if not torch.equal(b, buffers[n])}
     grads = dict(zip(trainable, found, strict=True))
     return Reference(tensors, loss.detach(), grads, buffers, mutated, watch.suspects, watch.checkpoints)
@@ -86,8 +87,7 @@ class _Watch:
         self.checkpoints: dict[str, str] = {}
 
     def here(self) -> str:
-        path = self.stack[-1][0] if self.stack else ""
-        return path.removeprefix("model.") if path.startswith("model.") else ""
+        return module_name(self.stack[-1][0] if self.stack else "")
 
     @contextmanager
     def watching(self) -> Iterator[None]:

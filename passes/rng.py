@@ -56,7 +56,7 @@ def preserved(seed: int | None = None) -> Iterator[None]:
 @contextmanager
 def preserve(weights: Weights) -> Iterator[None]:
     """Run the plain model or a capture of it: buffers, gradients and random state are put back afterwards."""
-    buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
+    buffers = {name: weights[name].detach().clone() for name in (*weights.buffer_names, *weights.rewritten)}
     grads = {name: weights[name].grad for name in weights.parameter_names}
     with preserved():
         try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_path
+from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, ancestors, differentiable_nodes, module_path
 
 _aten = torch.ops.aten
 _DROPOUT = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
@@ -35,18 +35,24 @@ class SubProgram:
     weights: list[str]
 
 
-def find_predictions(graph: ModelGraph, weights: Weights, outside_loss: bool) -> list[fx.Node]:
+def find_predictions(graph: ModelGraph, weights: Weights, targets: Sequence[int] | None) -> list[fx.Node]:
     """The values that the loss is computed from.
 
     With an outside ``loss_fn`` these are the model's outputs. Inside a model they are the values from which on no
     parameter is used any more (logits, as a rule).
+
+    Args:
+        targets: indices of the user inputs that only an outside loss reads; ``None`` for a loss inside the model.
     """
     live = differentiable_nodes(graph, weights)
     upstream = ancestors(graph.loss)
-    if outside_loss:
+    if targets is not None:
+        given = {graph.inputs[i] for i in targets}
         found = [n for n in graph.outputs if isinstance(n, fx.Node) and n in live and n in upstream and n != graph.loss]
-        return list(dict.fromkeys(found))
-    own = {n for n, name in graph.weight_of.items() if not name.startswith(("loss_fn.", "constant."))}
+        # A loss that hands its input on (mse_loss broadcasts) may stand between the model and what it returned.
+        if not any(ancestors(n) & given for n in found):
+            return list(dict.fromkeys(found))
+    own = {n for n, name in graph.weight_of.items() if not name.startswith((OUTSIDE_LOSS, "constant."))}
     suffix: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
         if node not in upstream or node not in live or node.op == "placeholder":
@@ -175,17 +181,6 @@ def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], d
     out = [env[r] for r in results]
     new.output(out[0] if len(out) == 1 else tuple(out))
     return SubProgram(fx.GraphModule(graph.root, new), starts, inputs, [graph.weight_of[n] for n in names])
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return seen
 
 
 def _signature(node: fx.Node) -> tuple[tuple[int, ...] | None, torch.dtype | None]:

@@ -81,6 +81,13 @@ def detached_oracle(case: Case, heads: Sequence[nn.Module], cuts: Sequence[str],
     model = copy.deepcopy(case.model).train()
     heads = copy.deepcopy(heads)
     local_losses: list[Tensor] = []
+    initial = buffers(model)
+    once: dict[str, Tensor] = {}
+
+    def note_buffers() -> None:
+        # before a block's backward, because a block that checkpoints its own BatchNorm updates it again there
+        now = buffers(model)
+        once.update({n: b for n, b in now.items() if n not in once and not torch.equal(b, initial[n])})
 
     def begin(k: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -89,6 +96,7 @@ def detached_oracle(case: Case, heads: Sequence[nn.Module], cuts: Sequence[str],
             with torch.random.fork_rng(devices=[]):
                 local = case.task_loss(heads[k](boundary), case.batch)
             local_losses.append(local.detach())
+            note_buffers()
             local.backward()
             return tree_map(_cut, args), tree_map(_cut, kwargs)
 
@@ -98,8 +106,9 @@ def detached_oracle(case: Case, heads: Sequence[nn.Module], cuts: Sequence[str],
         model.get_submodule(name).register_forward_pre_hook(begin(k), with_kwargs=True)
     seed_all(seed)
     loss = call(model, case.batch, case.loss_fn)
-    after_forward = buffers(model)
+    note_buffers()
     loss.backward()
+    after_forward = initial | once
     grads = gradients(model)
     for k in range(len(cuts)):
         grads |= gradients(heads[k], f"heads.{k}.")

@@ -118,7 +118,7 @@ def test_resume_before_at_and_after_a_refresh(stop: int) -> None:
     check_resume("every third", "adamw", stop)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(offset=st.sampled_from(sorted(OFFSETS)), optimizer=st.sampled_from(sorted(OPTIMIZERS)), stop=st.integers(0, 7))
 def test_resume_anywhere(offset: str, optimizer: str, stop: int) -> None:
     check_resume(offset, optimizer, stop)

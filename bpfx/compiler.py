@@ -333,7 +333,7 @@ class Compiler:
 
             def fn(weights: dict[str, Tensor], given: list[Any], program: Any = program) -> Any:
                 with self.weights.override(weights):
-                    return program(*given)
+                    return program(given)
 
             peaks[int(name.split("_")[1])] = predict_peak(fn, fakes, inputs).peak_bytes
         return peaks

@@ -16,7 +16,7 @@ from bpfx.passes.heads import head_features
 from bpfx.passes.lower import Block
 from bpfx.passes.programs import Forward, ForwardOnce, LocalGradient, LocalLoss, LossGradient, VectorJacobian
 from bpfx.passes.rng import get_rng_state, set_rng_state
-from bpfx.passes.stop_gradient import accumulate, stop_gradient
+from bpfx.passes.stop_gradient import accumulate, hand_over, stop_gradient
 
 
 class _Writer:
@@ -98,7 +98,9 @@ def emit_local_step(
             [n.name for n in head_features(last)] if local_loss is not None else [],
             [n.name for n in user_inputs],
         )
-        call = writer.call(f"block_{block.index}_local", program, [writer.values[n] for n in arguments])
+        given = writer.graph.call_function(hand_over, tuple(writer.values[n] for n in arguments))
+        given._rename(f"values_{block.index}")
+        call = writer.call(f"block_{block.index}_local", program, [given])
         writer.outputs(call, block, cut=True)
         local_losses.append(writer.item(call, len(block.outputs), f"loss_{block.index}"))
         grads.append(writer.item(call, len(block.outputs) + 1, f"grads_{block.index}"))

@@ -105,7 +105,7 @@ class ForwardOnce(BlockProgram):
 
 
 class LocalGradient(BlockProgram):
-    """Forward, local loss and backward of one block: ``(*values, *inputs) -> (*outputs, loss, grads)``.
+    """Forward, local loss and backward of one block: ``([values]) -> (*outputs, loss, grads)``; the list is emptied.
 
     With a horizon the blocks that follow are run as well, without a gradient of their own, and the loss is that of
     the last of them.
@@ -127,9 +127,10 @@ class LocalGradient(BlockProgram):
         self.user_inputs = tuple(user_inputs)
         self.last = window[-1]
 
-    def losses(self, *values: Any) -> tuple[tuple[Any, ...], Tensor]:
+    def losses(self, values: list[Any]) -> tuple[tuple[Any, ...], Tensor]:
         """The block's outputs and its local loss, with the autograd graph between them."""
         env: dict[str, Any] = dict(zip(self.argument_names, values, strict=True))
+        values.clear()
         outputs = self._run(self, env)
         if self.ahead:
             # Looking ahead draws what the blocks ahead will draw themselves a moment later.
@@ -148,9 +149,9 @@ class LocalGradient(BlockProgram):
         env.update(zip((n.name for n in block.outputs), outputs, strict=True))
         return outputs
 
-    def forward(self, *values: Any) -> tuple[Any, ...]:
+    def forward(self, values: list[Any]) -> tuple[Any, ...]:
         with torch.enable_grad():
-            outputs, loss = self.losses(*values)
+            outputs, loss = self.losses(values)
             names, tensors = self.gradient_inputs()
             found = torch.autograd.grad(loss, tensors, allow_unused=True)
         grads = {n: g for n, g in zip(names, found, strict=True) if g is not None}

@@ -19,3 +19,11 @@ def accumulate(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None:
         return second
     return first if second is None else first + second
+
+
+def hand_over(*values: object) -> list[object]:
+    """Values in a list that the receiving program empties, so that a boundary dies with its last reader.
+
+    As plain arguments they would live in the caller's frame until the block's backward is done.
+    """
+    return list(values)

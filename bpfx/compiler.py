@@ -329,7 +329,9 @@ class Compiler:
                 continue
             mode = next(v.fake_mode for v in values.values() if isinstance(v, torch._subclasses.FakeTensor))
             fakes = {k: mode.from_tensor(t) for k, t in named.items()}
-            inputs = [values[a].detach() if isinstance(values[a], Tensor) else values[a] for a in program.argument_names]
+            inputs = [
+                values[a].detach() if isinstance(values[a], Tensor) else values[a] for a in program.argument_names
+            ]
 
             def fn(weights: dict[str, Tensor], given: list[Any], program: Any = program) -> Any:
                 with self.weights.override(weights):
@@ -351,7 +353,9 @@ def check_model(model: Any) -> None:
             f"the model is wrapped in {type(model).__name__}; convert the model inside it, model.module, instead"
         )
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise BpfxError("the model is wrapped by torch.compile; convert the original module and pass compile='inductor'")
+        raise BpfxError(
+            "the model is wrapped by torch.compile; convert the original module and pass compile='inductor'"
+        )
     if not isinstance(model, nn.Module):
         raise BpfxError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
 

@@ -96,6 +96,9 @@ class TailHead(Head):
         borrow: looks up the current value of a weight that is not copied.
     """
 
+    program: Callable[..., Tensor]
+    _borrow: Callable[[str], Tensor]
+
     def __init__(
         self,
         program: fx.GraphModule,
@@ -107,7 +110,7 @@ class TailHead(Head):
         self.__dict__["program"] = program  # it owns no weights; they are this head's
         self.inputs = tuple(inputs)
         self._order: list[tuple[str, bool]] = []
-        self._borrow = borrow
+        self.__dict__["_borrow"] = borrow
         borrowed = 0
         for name, tensor, copied in weights:
             key = name.replace(".", "_")

@@ -56,7 +56,9 @@ class Offset:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise BpfxError(f"Offset({name}={value!r}): pass a whole number of at least 1")
-        if self.batch is not None and (isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1):
+        if self.batch is not None and (
+            isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1
+        ):
             raise BpfxError(f"Offset(batch={self.batch!r}): pass a number of samples of at least 1, or None")
         for name in ("alpha", "lam"):
             value = getattr(self, name)
@@ -64,7 +66,9 @@ class Offset:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not callable(value) and not (number and math.isfinite(value) and value >= 0):
-                words = "a number of at least 0 or a function of the iteration" + (", or 'auto'" if name == "lam" else "")
+                words = "a number of at least 0 or a function of the iteration" + (
+                    ", or 'auto'" if name == "lam" else ""
+                )
                 raise BpfxError(f"Offset({name}={value!r}): pass {words}")
         if self.lam == "auto" and self.micro_batches < 2:
             self.micro_batches = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bpfx.compiler import Compiler, Variant
 from bpfx.errors import BpfxError, BpfxWarning
@@ -41,9 +41,10 @@ class Diagnostics:
     """What the refreshes measured.
 
     Attributes:
-        refreshes: one record per refresh: ``iteration``; ``blocks``, a list of ``block``, ``cosine`` (of BP and local
-            gradient), ``ratio`` (‖Δ‖/‖g_BP‖), ``staleness`` (cosine of the new and the old Δ), ``spread`` (share of
-            ‖Δ‖² that the micro-batches disagree on) and ``lam``, each ``None`` where there is nothing to compare; ``cosine``, the mean over blocks that have an offset.
+        refreshes: one record per refresh: ``iteration``; ``cosine``, the mean over the blocks that have an offset; and
+            ``blocks``, a list of ``block``, ``cosine`` (of BP and local gradient), ``ratio`` (‖Δ‖/‖g_BP‖),
+            ``staleness`` (cosine of the new and the old Δ), ``spread`` (share of ‖Δ‖² that the micro-batches disagree
+            on) and ``lam``, each ``None`` where there is nothing to compare.
     """
 
     refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -66,6 +67,10 @@ class Step(nn.Module):
         iteration: calls so far.
     """
 
+    _compiler: Compiler
+    local_step: fx.GraphModule
+    bp_step: fx.GraphModule
+
     def __init__(self, compiler: Compiler, offset: Offset | None) -> None:
         super().__init__()
         self.model: nn.Module = compiler.model
@@ -83,7 +88,8 @@ class Step(nn.Module):
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
         self._block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
         self._trainable = compiler.weights.trainable()
-        self._head_versions: list[int] | None = None
+        self._head_versions: list[int] = []
+        self._model_versions: list[int] = []
 
     # --- the drop-in loop ---------------------------------------------------------------------------------------------
 
@@ -339,7 +345,9 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
         if ctx.grads is None:
-            raise BpfxError("this loss was differentiated already; its gradients are computed once per call of the step")
+            raise BpfxError(
+                "this loss was differentiated already; its gradients are computed once per call of the step"
+            )
         grads, ctx.grads = ctx.grads, None
         # In place: a second set of gradients would double what the local step saves. Times 1 changes no bit.
         return None, None, *(grads.pop(0).mul_(scale) for _ in range(len(grads)))
@@ -359,5 +367,3 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
     old = loss_of(output)
     leaves, spec = pytree.tree_flatten(output)
     return pytree.tree_unflatten([loss if leaf is old else leaf for leaf in leaves], spec)
-
-

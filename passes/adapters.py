@@ -41,7 +41,7 @@ def lycoris_without_module_dropout(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _draw(module: nn.Module, args: Any) -> None:
+def _draw(module: Any, args: Any) -> None:
     for adapter in module.active_adapters:
         if adapter in module.module_dropout:
             torch.rand(1)
@@ -70,12 +70,12 @@ def non_reentrant_checkpoint() -> Iterator[None]:
         checkpoint_module.CheckpointFunction = reentrant  # type: ignore[misc]
 
 
-def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def without_cache(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords with ``use_cache=False`` where a Hugging Face model would otherwise return a key-value cache.
 
     A cache serves generation only; a training step neither needs nor may keep it, and it is no tensor.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(base, "config", None)
     if not getattr(config, "use_cache", False) or "use_cache" in kwargs:
         return kwargs

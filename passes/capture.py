@@ -30,8 +30,8 @@ from bpfx.errors import BpfxError
 from bpfx.passes import adapters, opaque
 from bpfx.passes.batch import BatchSpec, Loss, LossFn, call_model
 from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, module_name
-from bpfx.passes.rng import preserve
 from bpfx.passes.reference import Reference, run_reference
+from bpfx.passes.rng import preserve
 from bpfx.passes.verify import Mismatch, verify
 
 MAX_FALLS = 12
@@ -251,7 +251,10 @@ class _Attempts:
             shapes = (tuple(_dynamic_dims(t, self.spec.batch_size, len(tensors[0])) for t in tensors),)
             # Export marks its arguments as dynamic; the caller's own tensors stay unmarked.
             exported = torch.export.export(
-                self.program, tuple(t.detach() for t in tensors), dynamic_shapes=shapes if dynamic else None, strict=strict
+                self.program,
+                tuple(t.detach() for t in tensors),
+                dynamic_shapes=shapes if dynamic else None,
+                strict=strict,
             )
         return graph_of(exported, self.weights, self.spec, list(tensors))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx, nn
 
@@ -32,7 +33,7 @@ class _Writer:
             self.values[node] = self.graph.placeholder(node.name)
         self.users = {n: n.name for n in graph.inputs if n is not None}
 
-    def call(self, name: str, program: nn.Module, arguments: Sequence[object]) -> fx.Node:
+    def call(self, name: str, program: nn.Module, arguments: Sequence[Any]) -> fx.Node:
         self.root.add_module(name, program)
         node = self.graph.call_module(name, tuple(arguments))
         return node
@@ -54,7 +55,7 @@ class _Writer:
     def results(self) -> tuple[object, ...]:
         return tuple(self.values.get(o, o) if isinstance(o, fx.Node) else o for o in self.source.outputs)
 
-    def module(self, result: object, name: str) -> fx.GraphModule:
+    def module(self, result: Any, name: str) -> fx.GraphModule:
         self.graph.output(result)
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph, class_name=name)

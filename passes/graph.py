@@ -172,7 +172,9 @@ def is_differentiable_dtype(value: Any) -> bool:
 
 def is_no_grad_region(node: fx.Node) -> bool:
     """Whether ``node`` is a captured ``torch.no_grad()`` region (its result carries no gradient)."""
-    return node.op == "call_function" and "set_grad_enabled" in str(node.target) and bool(node.args) and not node.args[0]
+    return (
+        node.op == "call_function" and "set_grad_enabled" in str(node.target) and bool(node.args) and not node.args[0]
+    )
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -20,6 +20,8 @@ _CHANNELS_FIRST = {
     _aten.group_norm.default, _aten.max_pool2d.default, _aten.adaptive_avg_pool2d.default, _aten.instance_norm.default,
 }  # fmt: skip
 
+_REORDERING = {_aten.permute.default, _aten.transpose.int}
+
 
 class NoHead(Head):
     """Stands for a block without a head: the last one, and those in which nothing trains."""
@@ -78,9 +80,7 @@ def attach_losses(
         if isinstance(head, NoHead):
             losses.append(None)
             continue
-        losses.append(
-            programs.LocalLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights)
-        )
+        losses.append(programs.LocalLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights))
     return [*losses, None]
 
 
@@ -169,7 +169,11 @@ def _channel_dim(node: fx.Node, dims: int) -> int:
         if n.target in _CHANNELS_LAST:
             return dims - 1
         value = n.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() == dims and n.target not in (_aten.permute.default, _aten.transpose.int):
+        if (
+            isinstance(value, Tensor)
+            and value.dim() == dims
+            and n.target not in (_aten.permute.default, _aten.transpose.int)
+        ):
             queue.extend(n.users)
             if n is node or not n.users:
                 queue.extend(n.all_input_nodes)

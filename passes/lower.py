@@ -152,7 +152,9 @@ def _structure(
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
-    return f"{tuple(value.shape)} {value.dtype} {value.device} {value.requires_grad and isinstance(value, nn.Parameter)}"
+    return (
+        f"{tuple(value.shape)} {value.dtype} {value.device} {value.requires_grad and isinstance(value, nn.Parameter)}"
+    )
 
 
 def _draws(node: fx.Node, root: nn.Module) -> bool:

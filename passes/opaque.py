@@ -79,7 +79,6 @@ class OpaqueCall:
         return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-
 class _StandIn(torch.autograd.Function):
     """Shapes and saved bytes of an opaque call, without running it."""
 

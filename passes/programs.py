@@ -24,6 +24,11 @@ Grads = dict[str, Tensor]
 class LocalLoss(nn.Module):
     """A head and the model's own loss on its predictions: ``forward(features, inputs)`` returns a scalar."""
 
+    head: Head
+    call: Callable[..., Any]
+    loss: Callable[..., Any]
+    weights: Weights
+
     def __init__(
         self,
         block: int,
@@ -44,7 +49,9 @@ class LocalLoss(nn.Module):
         self.tensor_names = self.parameter_names + [f"heads.{block}.{name}" for name, _ in head.named_buffers()]
 
     def parameters_now(self) -> list[Tensor]:
-        return [self.weights.override_of(n, p) for n, p in zip(self.parameter_names, self.head.parameters(), strict=True)]
+        return [
+            self.weights.override_of(n, p) for n, p in zip(self.parameter_names, self.head.parameters(), strict=True)
+        ]
 
     def forward(self, features: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         arguments = (*features, *(inputs[i] for i in self.head_inputs))
@@ -59,13 +66,14 @@ class LocalLoss(nn.Module):
 class BlockProgram(nn.Module):
     """What the three programs of one block share: looking up weights and running the block's code."""
 
+    block: Block
+    weights: Weights
+
     def __init__(self, block: Block, weights: Weights) -> None:
         super().__init__()
         self.__dict__.update(block=block, weights=weights)
 
-    def evaluate(
-        self, values: Sequence[Any], scratch: bool = False, frozen: bool = False
-    ) -> tuple[Any, ...]:
+    def evaluate(self, values: Sequence[Any], scratch: bool = False, frozen: bool = False) -> tuple[Any, ...]:
         """Run the block's code.
 
         Args:
@@ -110,6 +118,9 @@ class LocalGradient(BlockProgram):
     With a horizon the blocks that follow are run as well, without a gradient of their own, and the loss is that of
     the last of them.
     """
+
+    ahead: list[BlockProgram]
+    local_loss: LocalLoss | None
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor
         buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
         found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
     mutated = {n for n, b in before.items() if not torch.equal(b, buffers[n])}
-    grads = dict(zip(trainable, found, strict=True))
+    grads: dict[str, Tensor | None] = dict(zip(trainable, found, strict=True))
     return Reference(tensors, loss.detach(), grads, buffers, mutated, watch.suspects, watch.checkpoints)
 
 

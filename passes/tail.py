@@ -110,9 +110,11 @@ def last_linear(graph: ModelGraph, predictions: Sequence[fx.Node]) -> tuple[str,
     """Weight and bias names of the last linear layer before the predictions."""
     upstream = set().union(*(ancestors(p) for p in predictions)) | set(predictions)
     for node in reversed(graph.compute_nodes()):
-        if node in upstream and node.target is _aten.linear.default and node.args[1] in graph.weight_of:
-            bias = node.args[2] if len(node.args) > 2 else None
-            return graph.weight_of[node.args[1]], graph.weight_of.get(bias) if bias is not None else None
+        if node not in upstream or node.target is not _aten.linear.default:
+            continue
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        if isinstance(weight, fx.Node) and weight in graph.weight_of:
+            return graph.weight_of[weight], graph.weight_of.get(bias) if isinstance(bias, fx.Node) else None
     return None
 
 
@@ -124,10 +126,7 @@ def _before_norm(
         path = module_path(start)
         inside = [n for n in order if module_path(n) == path]
         vectors = all(
-            weights[graph.weight_of[a]].dim() <= 1
-            for n in inside
-            for a in n.all_input_nodes
-            if a in graph.weight_of
+            weights[graph.weight_of[a]].dim() <= 1 for n in inside for a in n.all_input_nodes if a in graph.weight_of
         )
         entering = {a for n in inside for a in n.all_input_nodes if a in live and a in order and a not in inside}
         if not path or not vectors or len(entering) != 1 or len(inside) > 12:
@@ -164,9 +163,9 @@ def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], d
     env: dict[fx.Node, fx.Node] = {s: new.placeholder(s.name) for s in starts}
     inputs = [i for i, n in enumerate(graph.inputs) if n in wanted]
     for i in inputs:
-        node = graph.inputs[i]
-        assert node is not None
-        env[node] = new.placeholder(node.name)
+        given = graph.inputs[i]
+        assert given is not None
+        env[given] = new.placeholder(given.name)
     names = [n for n in graph.graph.nodes if n in wanted and n in graph.weight_of]
     for node in names:
         env[node] = new.placeholder(node.name)

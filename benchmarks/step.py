@@ -1,0 +1,563 @@
+"""One training step, side by side: BP, BP + checkpointing, and bpfx's local step, BP step and refresh.
+
+    python benchmarks/step.py                                        # everything
+    python benchmarks/step.py --only resnet50-memory,vit-memory      # some parts; the others keep their last results
+    python benchmarks/step.py --image-size 64 --memory-batch 4 --time-batch 4 --rounds 2 --out /tmp/step   # a try-out
+
+Every part runs in a process of its own. Writes OUT.json (everything measured), OUT.md (tables) and OUT.png (memory over
+one step). A step is forward, loss and backward with all gradients kept at its end, heads' included; no optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Both are read when torch starts: threads that wait without spinning, and a profiler that does not greet.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import bpfx
+from bpfx.memory import measure_peak, mib
+from bpfx.passes.liveness import LivenessError, predict_peak
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = {
+    "bp": "BP",
+    "checkpointing": "BP + checkpointing",
+    "local": "bpfx local step",
+    "drop_in": "bpfx local, drop-in loop",
+    "bp_step": "bpfx BP step",
+    "refresh": "bpfx refresh (local + BP)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one process measures: `kind` is "memory", "time" or "conversion"; `batch` is what the targets are for."""
+
+    title: str
+    kind: str
+    model: str
+    batch: int
+    compile: str = "eager"
+
+
+PARTS = {
+    "resnet50-memory": Part("ResNet-50, memory", "memory", "resnet50", 32),
+    "vit-memory": Part("ViT-B/16 with LoRA, memory", "memory", "vit_b_16", 8),
+    "resnet50-time": Part("ResNet-50, time, eager", "time", "resnet50", 16),
+    "vit-time": Part("ViT-B/16 with LoRA, time, eager", "time", "vit_b_16", 8),
+    "resnet18-inductor-time": Part("ResNet-18, time, Inductor on both sides", "time", "resnet18", 16, "inductor"),
+    "resnet50-conversion": Part("ResNet-50, conversion, eager", "conversion", "resnet50", 32),
+}
+IMAGE_SIZE = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The limit that we set ourselves for one number of one row; `value` is the name of the number."""
+
+    part: str
+    row: str
+    value: str
+    limit: float
+
+
+MODELS = ("resnet50-memory", "vit-memory")
+TARGETS = [
+    *(Target(part, row, "share of BP's peak", 0.25) for part in MODELS for row in ("local", "drop_in")),
+    *(Target(part, row, "prediction error", 0.10) for part in MODELS for row in ("local", "bp_step")),
+    *(Target("resnet50-time", row, "time, × BP", 0.95) for row in ("local", "drop_in")),
+    *(Target("resnet50-time", row, "time, × BP + checkpointing", 0.75) for row in ("local", "drop_in")),
+    *(Target("resnet18-inductor-time", row, "time, × BP", 0.95) for row in ("local", "drop_in")),
+    Target("resnet50-conversion", "convert", "seconds", 15.0),
+]
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def build(name: str, image_size: int) -> nn.Module:
+    """A torchvision model in training mode; the ViT with LoRA on its MLPs, the rest frozen except the classifier."""
+    import torchvision
+
+    if name != "vit_b_16":
+        return getattr(torchvision.models, name)(weights=None).train()
+    import peft
+
+    vit = torchvision.models.vit_b_16(weights=None, image_size=image_size)
+    adapters = peft.LoraConfig(r=8, lora_alpha=16, target_modules=r".*mlp\.[03]", modules_to_save=["head"])
+    return peft.get_peft_model(vit, adapters).train()
+
+
+class CheckpointedResNet(nn.Module):
+    """The same network, its stem and every residual block under activation checkpointing."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.net.maxpool(self.net.relu(self.net.bn1(self.net.conv1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.stem, x, use_reentrant=False)
+        for layer in (self.net.layer1, self.net.layer2, self.net.layer3, self.net.layer4):
+            for block in layer:
+                x = checkpoint(block, x, use_reentrant=False)
+        return self.net.fc(torch.flatten(self.net.avgpool(x), 1))
+
+
+class CheckpointedViT(nn.Module):
+    """The same PEFT model, every encoder layer under activation checkpointing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.net = model.base_model.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoder = self.net.encoder
+        x = self.net._process_input(x)
+        x = torch.cat([self.net.class_token.expand(len(x), -1, -1), x], 1)
+        x = encoder.dropout(x + encoder.pos_embedding)
+        for layer in encoder.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return self.net.heads(encoder.ln(x)[:, 0])
+
+
+class Gradients(nn.Module):
+    """Loss and gradients in one call: checkpoints recompute in the backward pass, which has to see the same tensors."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> object:
+        loss = F.cross_entropy(self.net(x), y)
+        return loss, torch.autograd.grad(loss, [p for p in self.parameters() if p.requires_grad])
+
+
+class Bench:
+    """One model, one batch, and the rows as calls that leave the gradients alive: in `.grad`, or in what they return.
+
+    All rows share the same parameters, so that none pays for another's.
+    """
+
+    def __init__(self, part: Part, batch: int, image_size: int, device: str) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.model = build(part.model, image_size).to(device)
+        self.x = torch.randn(batch, 3, image_size, image_size, device=device)
+        self.y = torch.randint(0, 1000, (batch,), device=device)
+        kind = CheckpointedViT if part.model == "vit_b_16" else CheckpointedResNet
+        self.checkpointed: nn.Module = kind(self.model)
+        self.step = bpfx.convert(self.model, F.cross_entropy, (self.x, self.y), offset=None, compile=part.compile)
+        inductor = part.compile == "inductor"
+        plain, checkpointed = (torch.compile(m) if inductor else m for m in (self.model, self.checkpointed))
+        self.calls: dict[str, Callable[[], object]] = {
+            "bp": lambda: self._backward(plain),
+            "checkpointing": lambda: self._backward(checkpointed),
+            "local": lambda: self.step.run_local(self.x, self.y),
+            "drop_in": lambda: self._drop_in(None),
+            "bp_step": lambda: self.step.run_bp(self.x, self.y),
+            "refresh": lambda: self._drop_in(bpfx.Offset(period=1)),
+        }
+
+    def _backward(self, model: Callable[[Tensor], Tensor]) -> Tensor:
+        loss = F.cross_entropy(model(self.x), self.y)
+        loss.backward()
+        return loss
+
+    def _drop_in(self, offset: bpfx.Offset | None) -> Tensor:
+        self.step.offset = offset
+        loss = self.step(self.x, self.y)
+        loss.backward()
+        return loss
+
+    def clear(self) -> None:
+        """Gradients away, so that the next call makes them anew; pending work on the device done."""
+        for parameter in self.step.parameters():
+            parameter.grad = None
+        self.wait()
+
+    def wait(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def predicted(self) -> dict[str, int | None]:
+        """Predicted peak bytes by row; None where bpfx predicts nothing."""
+        plan = self.step.plan.predicted
+        net = Gradients(self.checkpointed)
+
+        def run(state: dict[str, Tensor], x: Tensor, y: Tensor) -> object:
+            return torch.func.functional_call(net, state, (x, y))
+
+        state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        try:
+            checkpointing: int | None = predict_peak(run, state, self.x, self.y).peak_bytes
+        except LivenessError:
+            checkpointing = None
+        local, whole = plan.get("local"), plan.get("bp_blocks")
+        return {
+            "bp": plan.get("bp"),
+            "checkpointing": checkpointing,
+            "local": local,
+            "drop_in": local,
+            "bp_step": whole,
+            "refresh": plan.get("refresh"),
+        }
+
+
+# --- measuring, in a process of its own -------------------------------------------------------------------------------
+
+
+def measure_memory(bench: Bench) -> dict[str, Any]:
+    """Peak bytes and timeline of every row, above the state before the step; the refresh comes last."""
+    predicted = bench.predicted()
+    rows = {}
+    for name, call in bench.calls.items():
+        call()  # what is allocated once and kept: the offset, caches
+        bench.clear()
+        peak = measure_peak(call, warmup=0, device=bench.device)
+        timeline = thin(peak.timeline)
+        rows[name] = {"peak_bytes": peak.peak_bytes, "predicted_bytes": predicted[name], "timeline": timeline}
+        del peak
+        bench.clear()
+    return {"rows": rows, "blocks": len(bench.step.plan.blocks), "plan": str(bench.step.plan)}
+
+
+def thin(timeline: list[tuple[float, int]], points: int = 300) -> list[list[float]]:
+    """The highest moment of each of so many stretches: share of the step, MiB."""
+    end = timeline[-1][0] or 1.0
+    size = max(1, -(-len(timeline) // points))
+    tops = (max(timeline[i : i + size], key=lambda entry: entry[1]) for i in range(0, len(timeline), size))
+    return [[round(moment / end, 4), round(mib(live), 2)] for moment, live in tops]
+
+
+def measure_time(bench: Bench, rounds: int) -> dict[str, Any]:
+    """Seconds of every row in every round; in a round each row runs once, one after the other."""
+    rows: dict[str, Any] = {}
+    for name, call in bench.calls.items():
+        try:
+            call()  # warm-up, and with Inductor the compilation
+            bench.clear()
+            call()
+            rows[name] = {"seconds": []}
+        except Exception as error:
+            rows[name] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        bench.clear()
+    for _ in range(rounds):
+        for name, row in rows.items():
+            if "seconds" in row:
+                began = time.perf_counter()
+                kept = bench.calls[name]()
+                bench.wait()
+                row["seconds"].append(time.perf_counter() - began)
+                del kept
+                bench.clear()
+    return {"rows": rows, "blocks": len(bench.step.plan.blocks)}
+
+
+def measure_conversion(part: Part, batch: int, image_size: int, device: str) -> dict[str, Any]:
+    """Seconds of three conversions, the first one cold: it pays for torch's lazy imports too."""
+    import torchvision  # noqa: F401  (its import is not part of a conversion)
+
+    seconds = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = build(part.model, image_size).to(device)
+        x = torch.randn(batch, 3, image_size, image_size, device=device)
+        y = torch.randint(0, 1000, (batch,), device=device)
+        began = time.perf_counter()
+        step = bpfx.convert(model, F.cross_entropy, (x, y), compile=part.compile)
+        seconds.append(time.perf_counter() - began)
+    return {"rows": {"convert": {"seconds": seconds}}, "blocks": len(step.plan.blocks), "capture": step.plan.capture}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one part, with the settings and versions it was measured with."""
+    part = PARTS[name]
+    torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]
+    began = time.perf_counter()
+    wanted = arguments.time_batch if part.kind == "time" else arguments.memory_batch
+    batch, size, device = wanted or part.batch, arguments.image_size, arguments.device
+    if part.kind == "conversion":
+        measured = measure_conversion(part, batch, size, device)
+    else:
+        bench = Bench(part, batch, size, device)
+        measured = measure_memory(bench) if part.kind == "memory" else measure_time(bench, arguments.rounds)
+    settings = {
+        "batch": batch,
+        "image_size": size,
+        "dtype": "float32",
+        "device": device,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds if part.kind == "time" else None,
+        "compile": part.compile,
+    }
+    packages = ("bpfx", "torch", "torchvision", "peft")
+    where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    if device.startswith("cuda"):
+        where += f", {torch.cuda.get_device_name()}"
+    return {
+        "title": part.title,
+        "kind": part.kind,
+        "settings": settings,
+        "as_specified": batch == part.batch and size == IMAGE_SIZE and device == "cpu",
+        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+        "machine": where,
+        "load_before": round(load, 2),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "took_seconds": round(time.perf_counter() - began, 1),
+        **measured,
+    }
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # names the build as well
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- from raw numbers to tables ---------------------------------------------------------------------------------------
+
+
+def ratios(part: dict[str, Any], row: str, base: str) -> list[float]:
+    """Per round, the row's seconds over the base's of the same round; empty where one of them did not run."""
+    one, other = (part["rows"].get(name, {}).get("seconds", []) for name in (row, base))
+    return [a / b for a, b in zip(one, other, strict=True)] if len(one) == len(other) else []
+
+
+def share_of_bp(part: dict[str, Any], row: str) -> float:
+    """Measured peak over BP's."""
+    return part["rows"][row]["peak_bytes"] / part["rows"]["bp"]["peak_bytes"]
+
+
+def prediction_error(part: dict[str, Any], row: str) -> float | None:
+    """Predicted over measured peak, minus 1."""
+    entry = part["rows"][row]
+    return None if entry["predicted_bytes"] is None else entry["predicted_bytes"] / entry["peak_bytes"] - 1
+
+
+def number_for(target: Target, part: dict[str, Any]) -> float | None:
+    """The number that a target limits."""
+    if target.value == "seconds":
+        return part["rows"][target.row]["seconds"][0]
+    if target.value == "share of BP's peak":
+        return share_of_bp(part, target.row)
+    if target.value == "prediction error":
+        error = prediction_error(part, target.row)
+        return None if error is None else abs(error)
+    found = ratios(part, target.row, "bp" if target.value == "time, × BP" else "checkpointing")
+    return statistics.median(found) if found else None
+
+
+def judged(parts: dict[str, Any]) -> list[str]:
+    """The targets as a Markdown table: the figure, the limit, pass or fall short."""
+    lines = ["| target | limit | figure | |", "|---|--:|--:|---|"]
+    for target in TARGETS:
+        part = parts.get(target.part)
+        percent = target.value in ("share of BP's peak", "prediction error")
+        unit = (lambda v: f"{100 * v:.1f} %") if percent else (lambda v: f"{v:.2f}")
+        number = number_for(target, part) if part else None
+        if part is None:
+            word = "not measured"
+        elif number is None:
+            word = "no figure"
+        elif not part["as_specified"]:
+            word = "not judged: other sizes than the target's"
+        else:
+            word = "pass" if number <= target.limit else "**falls short**"
+        what = f"{PARTS[target.part].title}: {ROWS.get(target.row, target.row)}, {target.value}"
+        lines.append(f"| {what} | {unit(target.limit)} | {'–' if number is None else unit(number)} | {word} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Median with minimum and maximum."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+
+
+def table(part: dict[str, Any]) -> list[str]:
+    """One part as Markdown lines."""
+    rows = part["rows"]
+    if part["kind"] == "conversion":
+        first, *others = rows["convert"]["seconds"]
+        warm = ", ".join(f"{value:.1f}" for value in others)
+        return [
+            "| | first in the process | further ones | blocks |",
+            "|---|--:|--:|--:|",
+            f"| `bpfx.convert`, verification included, seconds | {first:.1f} | {warm} | {part['blocks']} |",
+        ]
+    if part["kind"] == "memory":
+        lines = ["| step | measured MiB | of BP's | predicted MiB | error |", "|---|--:|--:|--:|--:|"]
+        for name, row in rows.items():
+            error = prediction_error(part, name)
+            guess = "– | –" if error is None else f"{mib(row['predicted_bytes']):.0f} | {100 * error:+.1f} %"
+            lines.append(f"| {ROWS[name]} | {mib(row['peak_bytes']):.0f} | {share_of_bp(part, name):.0%} | {guess} |")
+        return lines
+    lines = ["| step | time, × BP | time, × BP + checkpointing |", "|---|--:|--:|"]
+    for name, row in rows.items():
+        if "error" in row:
+            lines.append(f"| {ROWS[name]} | did not run: {row['error'].replace('|', '/')} | |")
+        else:
+            pair = (spread(ratios(part, name, base)) for base in ("bp", "checkpointing"))
+            lines.append(f"| {ROWS[name]} | {' | '.join(pair)} |")
+    seconds = rows["bp"].get("seconds", [])
+    if seconds:
+        # What a reader needs to judge the ratios: how much the same work varied.
+        lines += ["", f"BP itself took {spread(seconds)} s over the rounds."]
+    return lines
+
+
+def markdown(parts: dict[str, Any]) -> str:
+    """The whole report."""
+    lines = [
+        "# One training step",
+        "",
+        "A step is forward, loss and backward, without the optimizer, all gradients kept. Memory: peak MiB above the "
+        "state before the step (parameters, buffers, batch, offset). Time: median over rounds of the ratio within a "
+        "round, minimum and maximum in brackets. How to read them: `benchmarks/README.md`.",
+        "",
+        "## Targets",
+        "",
+        *judged(parts),
+    ]
+    for part in parts.values():
+        settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in part["settings"].items() if v is not None)
+        versions = ", ".join(f"{k} {v}" for k, v in part["versions"].items() if v)
+        made = f"{part['machine']}, load {part['load_before']}; {part['date'][:10]}, `{part['command']}`."
+        lines += ["", f"## {part['title']}", "", *table(part), ""]
+        lines.append(f"{part['blocks']} blocks; {settings}. {versions}; {made}")
+    return "\n".join([*lines, ""])
+
+
+def plot(parts: dict[str, Any], path: Path) -> bool:
+    """Memory over one step, a panel per model; False where nothing is to draw or matplotlib is missing."""
+    shown = [part for part in parts.values() if part["kind"] == "memory"]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    if not shown:
+        return False
+    styles: dict[str, dict[str, Any]] = {
+        "bp": {"color": "#0072B2", "linestyle": "-"},
+        "checkpointing": {"color": "#56B4E9", "linestyle": (0, (5, 2))},
+        "bp_step": {"color": "#009E73", "linestyle": (0, (1, 1))},
+        "local": {"color": "#E69F00", "linestyle": "-"},
+    }
+    figure = Figure(figsize=(5.75 * len(shown), 4.6), dpi=150, layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for name, style in styles.items():
+            row = part["rows"][name]
+            label = f"{ROWS[name]} (peak {mib(row['peak_bytes']):.0f} MiB)"
+            progress, live = zip(*row["timeline"], strict=True)
+            axes.plot([100 * share for share in progress], live, label=label, linewidth=1.5, **style)
+        title = f"{part['title'].removesuffix(', memory')}, batch {part['settings']['batch']}"
+        axes.set(title=title, xlabel="progress of the step (%)", ylabel="memory above the start (MiB)")
+        axes.set_xlim(0, 100)
+        # Above the highest curve, so that no label covers one.
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.3)
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left", fontsize="small")
+    figure.savefig(path)
+    return True
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def in_own_process(name: str, arguments: list[str]) -> dict[str, Any] | None:
+    """Measure a part in a fresh process; None where it failed (its own message is on stderr by then)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        command = [sys.executable, __file__, *arguments, "--measure", name, "--into", str(path)]
+        done = subprocess.run(command, check=False)
+        return json.loads(path.read_text("utf-8")) if done.returncode == 0 and path.exists() else None
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return f"[{' '.join(match[1].split())}]"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing after the warm-up (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "step", help="where results go, without an ending")
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE, help="pixels (default: 224)")
+    parser.add_argument("--memory-batch", type=int, help="batch of the memory and conversion parts")
+    parser.add_argument("--time-batch", type=int, help="batch of the time parts")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    unknown = [name for name in parsed.only.split(",") if name not in PARTS]
+    if unknown:
+        parser.error(f"--only: unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if min(parsed.rounds, parsed.threads) < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return parsed
+
+
+def main(arguments: list[str]) -> int:
+    parsed = parse(arguments)
+    if parsed.measure:
+        parsed.into.write_text(json.dumps(measure(parsed.measure, parsed)), "utf-8")
+        return 0
+    stored, tables, picture = (parsed.out.with_name(parsed.out.name + ending) for ending in (".json", ".md", ".png"))
+    parts: dict[str, Any] = json.loads(stored.read_text("utf-8"))["parts"] if stored.exists() else {}
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    wanted = [name for name in PARTS if name in parsed.only.split(",")]
+    for count, name in zip(itertools.count(1), wanted, strict=False):
+        print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
+        part = in_own_process(name, arguments)
+        if part is None:
+            failed.append(name)
+            continue
+        parts[name] = part | {"command": shlex.join(["python", "benchmarks/step.py", *arguments])}
+        parts = {key: parts[key] for key in PARTS if key in parts}
+        text = json.dumps({"parts": parts}, indent=1)
+        # A list of numbers on one line, or the timelines make it ten thousand lines.
+        stored.write_text(re.sub(r"\[\s+([^][{}\"]*?)\s+\]", _on_one_line, text) + "\n", "utf-8")
+        tables.write_text(markdown(parts), "utf-8")
+    print(markdown(parts))
+    drawn = plot(parts, picture)
+    print(f"Wrote {stored}, {tables}" + (f", {picture}" if drawn else ""))
+    if failed:
+        print(f"Failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

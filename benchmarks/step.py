@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -208,7 +207,6 @@ class Bench:
 
     def predicted(self) -> dict[str, int | None]:
         """Predicted peak bytes by row; None where bpfx predicts nothing."""
-        plan = self.step.plan.predicted
         net = Gradients(self.checkpointed)
 
         def run(state: dict[str, Tensor], x: Tensor, y: Tensor) -> object:
@@ -219,15 +217,8 @@ class Bench:
             checkpointing: int | None = predict_peak(run, state, self.x, self.y).peak_bytes
         except LivenessError:
             checkpointing = None
-        local, whole = plan.get("local"), plan.get("bp_blocks")
-        return {
-            "bp": plan.get("bp"),
-            "checkpointing": checkpointing,
-            "local": local,
-            "drop_in": local,
-            "bp_step": whole,
-            "refresh": plan.get("refresh"),
-        }
+        kinds = {"bp": "bp", "local": "local", "drop_in": "local", "bp_step": "bp_blocks", "refresh": "refresh"}
+        return {n: self.step.plan.predicted.get(k) for n, k in kinds.items()} | {"checkpointing": checkpointing}
 
 
 # --- measuring, in a process of its own -------------------------------------------------------------------------------
@@ -318,7 +309,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds if part.kind == "time" else None,
         "compile": part.compile,
     }
-    packages = ("bpfx", "torch", "torchvision", "peft")
+    packages = ["bpfx", "torch", "torchvision", *(["peft"] if part.model == "vit_b_16" else [])]
     where = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
     if device.startswith("cuda"):
         where += f", {torch.cuda.get_device_name()}"
@@ -327,22 +318,13 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "kind": part.kind,
         "settings": settings,
         "as_specified": batch == part.batch and size == IMAGE_SIZE and device == "cpu",
-        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+        "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
         "machine": where,
         "load_before": round(load, 2),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "took_seconds": round(time.perf_counter() - began, 1),
         **measured,
     }
-
-
-def _version(package: str) -> str | None:
-    if package == "torch":
-        return torch.__version__  # names the build as well
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # --- from raw numbers to tables ---------------------------------------------------------------------------------------
@@ -352,11 +334,6 @@ def ratios(part: dict[str, Any], row: str, base: str) -> list[float]:
     """Per round, the row's seconds over the base's of the same round; empty where one of them did not run."""
     one, other = (part["rows"].get(name, {}).get("seconds", []) for name in (row, base))
     return [a / b for a, b in zip(one, other, strict=True)] if len(one) == len(other) else []
-
-
-def share_of_bp(part: dict[str, Any], row: str) -> float:
-    """Measured peak over BP's."""
-    return part["rows"][row]["peak_bytes"] / part["rows"]["bp"]["peak_bytes"]
 
 
 def prediction_error(part: dict[str, Any], row: str) -> float | None:
@@ -370,7 +347,7 @@ def number_for(target: Target, part: dict[str, Any]) -> float | None:
     if target.value == "seconds":
         return part["rows"][target.row]["seconds"][0]
     if target.value == "share of BP's peak":
-        return share_of_bp(part, target.row)
+        return part["rows"][target.row]["peak_bytes"] / part["rows"]["bp"]["peak_bytes"]
     if target.value == "prediction error":
         error = prediction_error(part, target.row)
         return None if error is None else abs(error)
@@ -418,9 +395,9 @@ def table(part: dict[str, Any]) -> list[str]:
     if part["kind"] == "memory":
         lines = ["| step | measured MiB | of BP's | predicted MiB | error |", "|---|--:|--:|--:|--:|"]
         for name, row in rows.items():
-            error = prediction_error(part, name)
+            error, share = prediction_error(part, name), row["peak_bytes"] / rows["bp"]["peak_bytes"]
             guess = "– | –" if error is None else f"{mib(row['predicted_bytes']):.0f} | {100 * error:+.1f} %"
-            lines.append(f"| {ROWS[name]} | {mib(row['peak_bytes']):.0f} | {share_of_bp(part, name):.0%} | {guess} |")
+            lines.append(f"| {ROWS[name]} | {mib(row['peak_bytes']):.0f} | {100 * share:.1f} % | {guess} |")
         return lines
     lines = ["| step | time, × BP | time, × BP + checkpointing |", "|---|--:|--:|"]
     for name, row in rows.items():
@@ -451,7 +428,7 @@ def markdown(parts: dict[str, Any]) -> str:
     ]
     for part in parts.values():
         settings = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in part["settings"].items() if v is not None)
-        versions = ", ".join(f"{k} {v}" for k, v in part["versions"].items() if v)
+        versions = ", ".join(f"{k} {v}" for k, v in part["versions"].items())
         made = f"{part['machine']}, load {part['load_before']}; {part['date'][:10]}, `{part['command']}`."
         lines += ["", f"## {part['title']}", "", *table(part), ""]
         lines.append(f"{part['blocks']} blocks; {settings}. {versions}; {made}")
@@ -539,7 +516,7 @@ def main(arguments: list[str]) -> int:
     stored.parent.mkdir(parents=True, exist_ok=True)
     failed = []
     wanted = [name for name in PARTS if name in parsed.only.split(",")]
-    for count, name in zip(itertools.count(1), wanted, strict=False):
+    for count, name in enumerate(wanted, 1):
         print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
         part = in_own_process(name, arguments)
         if part is None:

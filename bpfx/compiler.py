@@ -6,7 +6,7 @@ import dataclasses
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from bpfx.errors import BpfxError, BpfxWarning, suggest
 from bpfx.memory import format_bytes
 from bpfx.passes import emit, heads, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
-from bpfx.passes.capture import Captured, capture
+from bpfx.passes.capture import VERIFY_SAMPLES, Captured, capture
 from bpfx.passes.graph import ModelGraph, Weights, ancestors, tensor_bytes
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes, predict_peak
@@ -75,11 +75,12 @@ class Compiler:
         args, kwargs = as_call(batch)
         self.spec = BatchSpec.of(batch, loss_fn is not None)
         tensors = self.spec.flatten(args, kwargs)
-        # Only shapes and a few samples are ever needed again; a view costs nothing while the caller holds the batch.
-        self.example = tensors
         started = time.perf_counter()
         captured = capture(model, loss_fn, self.spec, tensors)
         self.weights: Weights = captured.weights
+        # What the audit runs on: a few samples, so that the caller's batch is not kept alive.
+        few = min(VERIFY_SAMPLES, self.spec.batch_size) if captured.graph.dynamic else self.spec.batch_size
+        self.example = [t.clone() for t in self.spec.narrow(tensors, 0, few)]
         self.heads: nn.ModuleList | None = None
         self._notes: list[str] = []
         predictions = self._prepare(captured, tensors)
@@ -252,7 +253,7 @@ class Compiler:
         predictions: list[fx.Node],
         cuts: list[int],
         tensors: Sequence[Tensor],
-        kinds: Sequence[str] = ("local", "bp_blocks"),
+        kinds: Sequence[str] = ("local", "bp_blocks", "refresh"),
     ) -> dict[str, int]:
         """Peaks of our two steps over these cuts, which need not be the ones that are chosen."""
         with normalise.undone(captured.graph):
@@ -268,18 +269,27 @@ class Compiler:
         return named
 
     def _peaks(
-        self, variant: Variant, tensors: Sequence[Tensor], kinds: Sequence[str] = ("local", "bp_blocks")
+        self, variant: Variant, tensors: Sequence[Tensor], kinds: Sequence[str] = ("local", "bp_blocks", "refresh")
     ) -> dict[str, int]:
         named = self._tensors_of(variant)
 
-        def run(step: fx.GraphModule) -> int:
+        def run(step: Callable[..., Any]) -> int:
             def fn(weights: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
                 with self.weights.override(weights):
                     return step(*inputs)
 
             return predict_peak(fn, named, list(tensors)).peak_bytes
 
-        steps = {"local": variant.local_step, "bp_blocks": variant.bp_step}
+        def refresh(*inputs: Tensor) -> Any:
+            # As the runtime does it: the BP gradients wait while the local step runs.
+            grads = variant.bp_step(*inputs)[1]
+            return variant.local_step(*inputs), grads
+
+        steps: dict[str, Callable[..., Any]] = {
+            "local": variant.local_step,
+            "bp_blocks": variant.bp_step,
+            "refresh": refresh,
+        }
         return {kind: run(steps[kind]) for kind in kinds}
 
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:

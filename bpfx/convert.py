@@ -16,6 +16,7 @@ from bpfx.plan import Plan
 from bpfx.step import Step
 
 LossFn = Callable[..., Tensor]
+_DEFAULT_OFFSET = Offset()
 
 
 def convert(
@@ -27,7 +28,7 @@ def convert(
     memory_budget: int | str | None = None,
     local_loss: str | LocalLoss = "supervised",
     horizon: int = 1,
-    offset: Offset | None | str = "default",
+    offset: Offset | None = _DEFAULT_OFFSET,
     compile: str = "eager",
 ) -> Step:
     """Cut a model into blocks and return the step that trains it.
@@ -61,11 +62,10 @@ def convert(
         >>> net[0].weight.grad.shape
         torch.Size([8, 4])
     """
-    chosen = Offset() if offset == "default" else offset
-    if chosen is not None and not isinstance(chosen, Offset):
+    if offset is not None and not isinstance(offset, Offset):
         raise BpfxError(f"offset={offset!r}: pass bpfx.Offset(…), or None for plain local training")
     compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon, compile)
-    return Step(compiler, chosen)
+    return Step(compiler, offset)
 
 
 def plan(

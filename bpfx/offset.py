@@ -24,8 +24,8 @@ class Offset:
     same weights, on the same samples, with the same random draws. In between the stored Δ is used.
 
     Args:
-        period: iterations between refreshes (K), at least 1. A stale Δ diverges once η·λ·K·(μ−a) > 2, so K cannot be
-            chosen without the learning rate η; see docs/offset.md.
+        period: iterations between refreshes (K), at least 1. A stale Δ can diverge where weights move far between two
+            refreshes, so K cannot be chosen without the learning rate; docs/offset.md has the limit.
         batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples. More need
             ``data``.
         micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, which keeps the
@@ -107,39 +107,32 @@ class RefreshData:
 
 
 class RefreshSum:
-    """Accumulates micro-batches of a refresh: Δ, and per block what the diagnostics need."""
+    """Accumulates the micro-batches of a refresh: Δ, and per block what the diagnostics need.
+
+    Besides Δ it holds the local gradients, which with a single micro-batch are those of the training step itself, so
+    that a refresh needs no third set of gradients.
+    """
 
     def __init__(self, block_of: Mapping[str, int]) -> None:
         self.block_of = block_of
         self.offset: Grads = {}
-        self.bp: Grads = {}
-        self.finite = True
+        self.local: Grads = {}
         self._squares: dict[int, float] = {}
-        self._pieces = 0
         self._weights: list[float] = []
 
     def add(self, bp: Grads, local: Grads, weight: float) -> None:
         """Add one micro-batch's gradients, ``weight`` being its share of the samples. ``bp`` is consumed."""
-        self._pieces += 1
         self._weights.append(weight)
         for name in dict.fromkeys([*bp, *local]):
             if name.startswith("heads."):
                 continue
-            g = bp.pop(name, None)
-            ell = local.get(name)
-            delta = (g - ell if ell is not None else g.clone()) if g is not None else -ell  # type: ignore[operator]
-            if g is not None:
-                self._sum(self.bp, name, g, weight)
+            g, ell = bp.pop(name, None), local.get(name)
+            delta = _difference(g, ell)
             block = self.block_of[name]
-            self._squares[block] = self._squares.get(block, 0.0) + weight * float(delta.square().sum())
-            self._sum(self.offset, name, delta, weight)
-
-    @staticmethod
-    def _sum(total: Grads, name: str, value: Tensor, weight: float) -> None:
-        if name in total:
-            total[name].add_(value, alpha=weight)
-        else:
-            total[name] = value if weight == 1.0 else value * weight
+            self._squares[block] = self._squares.get(block, 0.0) + weight * _dot([delta], [delta])
+            _sum(self.offset, name, delta, weight)
+            if ell is not None:
+                _sum(self.local, name, ell, weight)
 
     def finish(self, old: Mapping[str, Tensor]) -> tuple[Grads, dict[int, dict[str, float | None]]]:
         """Return Δ and the statistics per block: cosine, ratio, staleness, spread."""
@@ -149,32 +142,53 @@ class RefreshSum:
             if not names:
                 continue
             delta = [self.offset[n] for n in names]
-            bp = [self.bp.get(n) for n in names]
-            local = [d.neg() if g is None else g - d for d, g in zip(delta, bp, strict=True)]
-            present = [torch.zeros_like(d) if g is None else g for d, g in zip(delta, bp, strict=True)]
-            square = _dot(delta, delta)
+            both = [(self.offset[n], self.local[n]) for n in names if n in self.local]
+            # g_BP = Δ + g_local, so its products follow from those of Δ and g_local.
+            square, across = _dot(delta, delta), _dot([d for d, _ in both], [ell for _, ell in both])
+            local = _dot([ell for _, ell in both], [ell for _, ell in both])
+            bp = square + 2 * across + local
             previous = [old[n] for n in names if n in old]
+            known = len(previous) == len(delta)
             statistics[block] = {
-                "cosine": _cosine(present, local),
-                "ratio": math.sqrt(square / _dot(present, present)) if _dot(present, present) > 0 else None,
-                "staleness": _cosine(delta, previous) if len(previous) == len(delta) else None,
+                "cosine": _cosine(across + local, bp, local),
+                "ratio": math.sqrt(square / bp) if bp > 0 else None,
+                "staleness": _cosine(_dot(delta, previous), square, _dot(previous, previous)) if known else None,
                 "spread": self._spread(block, square),
             }
         return self.offset, statistics
 
     def _spread(self, block: int, square: float) -> float | None:
         """Share of ‖Δ‖² that is noise: the estimated squared error of the mean over ‖Δ‖²."""
-        if self._pieces < 2 or square == 0:
-            return None
         effective = 1 / sum(w * w for w in self._weights)
+        if effective <= 1 or square == 0:
+            return None
         variance = max(self._squares[block] - square, 0.0)  # of one piece around the mean, biased
-        return variance / (effective - 1) / square if effective > 1 else None
+        return variance / (effective - 1) / square
+
+
+def _difference(g: Tensor | None, ell: Tensor | None) -> Tensor:
+    """g − ℓ, in the memory of g; an absent gradient is zero."""
+    if g is None:
+        assert ell is not None
+        return -ell
+    return g if ell is None else g.sub_(ell)
+
+
+def _sum(total: Grads, name: str, value: Tensor, weight: float) -> None:
+    if name in total:
+        total[name].add_(value, alpha=weight)
+    else:
+        total[name] = value if weight == 1.0 else value * weight
 
 
 def _dot(first: list[Tensor], second: list[Tensor]) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(first, second, strict=True))
+    total = 0.0
+    for a, b in zip(first, second, strict=True):
+        precise = torch.promote_types(a.dtype, torch.float32)
+        total += float(torch.dot(a.flatten().to(precise), b.flatten().to(precise)))
+    return total
 
 
-def _cosine(first: list[Tensor], second: list[Tensor]) -> float | None:
-    norms = math.sqrt(_dot(first, first) * _dot(second, second))
-    return _dot(first, second) / norms if norms > 0 else None
+def _cosine(product: float, first: float, second: float) -> float | None:
+    norms = math.sqrt(max(first, 0.0) * max(second, 0.0))
+    return product / norms if norms > 0 else None

@@ -60,7 +60,8 @@ class Plan:
     Attributes:
         blocks: in order of execution.
         predicted: peak bytes above the state before a step, parameters excluded, by kind of step: ``"bp"`` plain
-            back-propagation, ``"local"`` the local step, ``"bp_blocks"`` the BP step that recomputes block by block.
+            back-propagation, ``"local"`` the local step, ``"bp_blocks"`` the BP step that recomputes block by block,
+            ``"refresh"`` both one after the other (the offsets that stay are state, not counted).
             Empty where an operator has no fake version (then ``notes`` says so).
         capture: what was tried, in order, with the reason for each fall.
         unreached: trainable parameters that even plain BP gives no gradient.
@@ -93,7 +94,7 @@ class Plan:
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append("")
-        words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block"}
+        words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block", "refresh": "refresh"}
         if self.predicted:
             base = self.predicted.get("bp", 0)
             lines.append(f"predicted peak at batch {self.batch_size}, parameters excluded:")

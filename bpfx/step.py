@@ -354,11 +354,19 @@ class _Deliver(torch.autograd.Function):
 
 
 def _merged(parts: Sequence[Grads]) -> Grads:
-    """Gradients of all blocks; a parameter that two blocks share gets the sum."""
+    """Gradients of all blocks, each in memory of its own; a parameter that two blocks share gets the sum."""
     merged: Grads = {}
+    seen: set[int] = set()
     for part in parts:
         for name, grad in part.items():
-            merged[name] = merged[name] + grad if name in merged else grad
+            if name in merged:
+                merged[name] = merged[name] + grad
+                continue
+            # Autograd may hand out one tensor twice (w1 + w2) or an expanded view (w.sum()); Δ is added in place.
+            if grad.data_ptr() in seen or 0 in grad.stride():
+                grad = grad.clone(memory_format=torch.contiguous_format)
+            seen.add(grad.data_ptr())
+            merged[name] = grad
     return merged
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -215,12 +216,7 @@ class _Attempts:
         )
 
     def _blame(self, mismatch: Mismatch, reference: Reference) -> dict[str, str]:
-        blamed = {p: f"{w} ({mismatch.reason})" for p, w in reference.checkpoints.items()}
-        lycoris = [p for p, m in self.modules.items() if type(m).__module__.startswith("peft.tuners.lo")]
-        for path in lycoris:
-            if hasattr(self.modules[path], "base_layer"):
-                blamed[path] = mismatch.reason
-        return blamed
+        return {p: f"{w} ({mismatch.reason})" for p, w in reference.checkpoints.items()}
 
     def _same_class(self, path: str, reason: str) -> dict[str, str]:
         """What one module's Python does, the others of its class do too (containers of torch.nn apart)."""
@@ -301,8 +297,10 @@ def graph_of(
 ) -> ModelGraph:
     """Turn an exported program into a :class:`ModelGraph` over the model's own weights."""
     gm = exported.graph_module
-    graph = gm.graph
-    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    # A copy: the passes write concrete sizes into it, and the guards are made from the symbolic ones of the original.
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(gm.graph, copies))
+    placeholders = {n.name: copies[n] for n in gm.graph.nodes if n.op == "placeholder"}
     weight_of: dict[fx.Node, str] = {}
     inputs: list[fx.Node | None] = []
     for entry in exported.graph_signature.input_specs:
@@ -318,12 +316,12 @@ def graph_of(
             inputs.append(node)
         else:
             raise RuntimeError(f"an input of kind {entry.kind} cannot be cut into blocks")
-    for node, name in zip(inputs, spec.names, strict=True):
-        assert node is not None
-        node._rename(name)
-        node.target = node.name
-    opaque.inline_calls(gm)
-    results = list(graph.output_node().args[0])
+    for given, name in zip(inputs, spec.names, strict=True):
+        assert given is not None
+        given._rename(name)
+        given.target = given.name
+    opaque.inline_calls(graph, gm)
+    results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     symbol = _batch_symbol(inputs, spec)
     dims = {n: d for n in graph.nodes if (d := _batch_dim(n, symbol, tensors[0].shape[0])) is not None}
     return ModelGraph(
@@ -395,11 +393,11 @@ def _batch_dim(node: fx.Node, symbol: Any, few: int) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Export logs whole graphs on the way to an exception; the plan's one line says what matters."""
+    """Export logs and prints whole graphs on the way to an exception; the plan's one line says what matters."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -200,12 +200,12 @@ def replaced(modules: dict[str, nn.Module], calls: Sequence[OpaqueCall]) -> Iter
                 module.__dict__["forward"] = before
 
 
-def inline_calls(gm: fx.GraphModule) -> None:
-    """Replace every ``bpfx::opaque`` node by a call of its module."""
-    for node in list(gm.graph.nodes):
+def inline_calls(graph: fx.Graph, root: nn.Module) -> None:
+    """Replace every ``bpfx::opaque`` node by a call of its module, owned by ``root``."""
+    for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.bpfx.opaque.default:
             weights, inputs, key = node.args
-            attach(gm, node, _CALLS.pop(key))
+            attach(root, node, _CALLS.pop(key))
             node.args = (weights, inputs)
 
 

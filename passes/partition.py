@@ -1,8 +1,9 @@
 """Partition: where to cut the forward graph into blocks.
 
-Cuts are positions in execution order. A position is *natural* where what crosses is finished (no activation or
-normalisation is its only reader) and has one entry per sample. Among the natural positions a dynamic program picks
-those that make the largest block's memory smallest, and of equally good ones those where the fewest bytes cross.
+Cuts are positions in execution order. A position is *natural* where what crosses is finished (no activation,
+normalisation or residual sum is its only reader), has one entry per sample, and no innermost module is cut in two.
+Among the natural positions a dynamic program picks those that make the largest block's memory smallest, and of equally
+good ones those where the fewest bytes cross.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ class Liveness:
         self.last_use = {n: max((self.order.get(u, -1) for u in n.users), default=-1) for n in self.nodes}
         self.saved = [saved.get(n, 0) for n in self.nodes]
         self.end = min((self.order[p] for p in predictions if p in self.order), default=len(self.nodes))
+        paths = [module_paths(n) for n in self.nodes]
+        outer = {p for stack in paths for p in stack[:-1]}
+        # The innermost module of each node, where that module has no modules inside: a norm, not a layer.
+        self.leaf = [stack[-1] if stack and stack[-1] not in outer else None for stack in paths]
         self.trains = [
             any(a in graph.weight_of and weights[graph.weight_of[a]].requires_grad for a in n.all_input_nodes)
             for n in self.nodes
@@ -118,6 +123,8 @@ class Liveness:
         return points
 
     def _natural(self, newest: fx.Node, node: fx.Node, position: int) -> bool:
+        if self.leaf[position] is not None and self.leaf[position] == self.leaf[position + 1]:
+            return False  # in the middle of a norm or an activation
         readers = [u for u in newest.users if self.order.get(u, -1) > position]
         if len(readers) == 1 and (_pointwise(readers[0]) or readers[0].target in (_aten.t.default,)):
             return False
@@ -129,9 +136,7 @@ def _pointwise(node: fx.Node) -> bool:
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
         return False
-    name = op.overloadpacket.__name__.rstrip("_")
-    unary = sum(isinstance(a, fx.Node) for a in node.args) == 1
-    return name in _NORMS or (torch.Tag.pointwise in op.tags and unary)
+    return op.overloadpacket.__name__.rstrip("_") in _NORMS or torch.Tag.pointwise in op.tags
 
 
 def choose(liveness: Liveness, blocks: Blocks, fits: Callable[[list[int]], bool] | None = None) -> list[int]:

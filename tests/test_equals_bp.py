@@ -256,10 +256,21 @@ def test_padding_of_another_batch(name: str) -> None:
 def test_frozen_parameters_get_nothing() -> None:
     case = zoo.convnet(dtype=torch.float64)
     case.model[1].requires_grad_(False)
-    step = convert(case, list(zoo.CONVNET_CUTS))
+    step = convert(case, ["2", "3"])
     check_bp(step, case)
-    check_local(step, case, zoo.CONVNET_CUTS)
+    check_local(step, case, ["2", "3"])
     assert all(parameter.grad is None for parameter in case.model[1].parameters())
+
+
+def test_a_frozen_block_has_no_head_and_passes_gradients_on() -> None:
+    case = zoo.convnet(dtype=torch.float64)
+    case.model[1].requires_grad_(False)
+    step = convert(case, ["1", "2", "3"])
+    assert [bool(block.head) for block in step.plan.blocks] == [True, False, True, False]
+    check_bp(step, case)
+    local = run(step.run_local, case.batch)
+    assert not {name for name in local.grads if name.startswith(("1.", "heads.1."))}
+    assert {name for name in local.grads if name.startswith("2.")}
 
 
 def test_loss_module_with_parameters_of_its_own_settings() -> None:

@@ -185,7 +185,8 @@ def test_predictions_grow_with_the_batch(resnet50_at_224: Any) -> None:
 
 
 def test_more_blocks_need_no_more_memory() -> None:
-    few, many = plan("resnet18", blocks=2).predicted, plan("resnet18", blocks=6).predicted
+    model, loss_fn, batch = large_resnet50()
+    few, many = (bpfx.plan(model, loss_fn, batch, blocks=count).predicted for count in (2, 6))
     assert many["local"] <= few["local"]
 
 

@@ -24,7 +24,7 @@ from bpfx.passes.liveness import LivenessError, node_saved_bytes, predict_peak
 from bpfx.plan import BlockPlan, Crossing, Plan
 
 # "auto" looks for the fewest blocks whose local step stays below this share of plain BP's predicted peak.
-AUTO_SHARE = 0.22
+AUTO_SHARE = 0.245
 BACKENDS = ("eager", "inductor")
 
 
@@ -180,14 +180,12 @@ class Compiler:
         try:
             limit = AUTO_SHARE * self._predict_bp(captured, tensors)
         except LivenessError:
-            return partition.choose(found, "auto", lambda cuts: len(cuts) >= 7)
+            return partition.choose(found, "auto")
 
-        def fits(cuts: list[int]) -> bool:
-            if partition.largest(found, cuts) > limit:
-                return False  # the block alone is too large; no need to predict the step
-            return self._predicted(captured, predictions, cuts, tensors, ("local",))["local"] <= limit
+        def peak(cuts: list[int]) -> float:
+            return self._predicted(captured, predictions, cuts, tensors, ("local",))["local"]
 
-        return partition.choose(found, "auto", fits)
+        return partition.choose(found, "auto", peak, limit)
 
     def _within_budget(
         self,
@@ -197,22 +195,22 @@ class Compiler:
         found: partition.Liveness,
         budget: int,
     ) -> list[int]:
-        smallest: list[tuple[int, int]] = []
+        peaks: dict[int, float] = {}
 
-        def fits(cuts: list[int]) -> bool:
-            predicted = self._predicted(captured, predictions, cuts, tensors)
-            peak = max(predicted.values())
-            smallest.append((peak, len(cuts) + 1))
-            return peak <= budget
+        def peak(cuts: list[int]) -> float:
+            # Every count is predicted exactly: the answer names the smallest peak that can be had.
+            peaks[len(cuts) + 1] = max(self._predicted(captured, predictions, cuts, tensors).values())
+            return peaks[len(cuts) + 1]
 
-        cuts = partition.choose(found, "auto", fits)
-        peak, count = min(smallest)
-        if peak > budget:
-            raise BpfxError(
-                f"memory_budget={format_bytes(budget)} is out of reach at batch {self.spec.batch_size}: the smallest "
-                f"predicted peak is {format_bytes(peak)}, with {count} blocks; use a smaller batch or a larger budget"
-            )
-        return cuts
+        cuts = partition.choose(found, "auto", peak, budget, thorough=True)
+        if peaks.get(len(cuts) + 1, float("inf")) <= budget:
+            return cuts
+        count = min(peaks, key=peaks.__getitem__, default=0)
+        reached = f"; the smallest predicted peak is {format_bytes(peaks[count])}, with {count} blocks" if peaks else ""
+        raise BpfxError(
+            f"memory_budget={format_bytes(budget)} is out of reach at batch {self.spec.batch_size}{reached}; "
+            "use a smaller batch or a larger budget"
+        )
 
     def _emit(self, captured: Captured, predictions: list[fx.Node], cuts: list[int]) -> Variant:
         graph = captured.graph

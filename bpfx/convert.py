@@ -40,7 +40,7 @@ def convert(
             ``.loss``, or a mapping with ``"loss"``.
         batch: an example batch: ``(inputs, targets)`` with a ``loss_fn`` (inputs a tensor, a tuple or a dict),
             otherwise what the model is called with. The step takes batches of any size with the same structure.
-        blocks: ``"auto"`` (the fewest blocks whose local step stays below 22 % of plain BP's predicted peak, at most
+        blocks: ``"auto"`` (the fewest blocks whose local step stays below 24.5 % of plain BP's predicted peak, at most
             16), a count, a list of module names that each begin a new block, or a policy that chooses among
             :class:`bpfx.passes.partition.CutPoint`.
         memory_budget: bytes or ``"2GiB"``: the fewest blocks whose steps' predicted peak fits. Excludes ``blocks``.

@@ -139,14 +139,22 @@ def _pointwise(node: fx.Node) -> bool:
     return op.overloadpacket.__name__.rstrip("_") in _NORMS or torch.Tag.pointwise in op.tags
 
 
-def choose(liveness: Liveness, blocks: Blocks, fits: Callable[[list[int]], bool] | None = None) -> list[int]:
+Peak = Callable[[list[int]], float]
+
+
+def choose(
+    liveness: Liveness, blocks: Blocks, peak: Peak | None = None, limit: float = 0.0, thorough: bool = False
+) -> list[int]:
     """Return the positions after which the graph is cut.
 
     Args:
         liveness: of the graph.
-        blocks: ``"auto"`` (the fewest blocks that ``fits`` accepts), a count, module names that each begin a new
-            block, or a policy.
-        fits: for ``"auto"``: whether the steps over these cuts stay inside the budget.
+        blocks: ``"auto"`` (the fewest blocks whose peak is inside the limit), a count, module names that each begin a
+            new block, or a policy.
+        peak: for ``"auto"``: predicts the peak of the steps over some cuts, in bytes; without it the estimated memory
+            of the largest block is used.
+        limit: for ``"auto"``, in bytes.
+        thorough: predict every count, also those whose largest block alone is above the limit.
 
     Raises:
         BpfxError: a name that does not exist, or more blocks than the graph can be cut into.
@@ -161,7 +169,7 @@ def choose(liveness: Liveness, blocks: Blocks, fits: Callable[[list[int]], bool]
     if isinstance(blocks, bool) or not isinstance(blocks, (int, str, Sequence)):
         raise BpfxError(f"blocks={blocks!r}: pass 'auto', a count, a list of module names, or a policy")
     if blocks == "auto":
-        return _auto(liveness, points, fits)
+        return _auto(liveness, points, peak, limit, thorough)
     if isinstance(blocks, str):
         raise BpfxError(f"blocks={blocks!r}: the only word is 'auto'; module names go in a list, as in [{blocks!r}]")
     if isinstance(blocks, int):
@@ -300,18 +308,21 @@ def _bytes(node: fx.Node) -> int:
     return sum(tensor_bytes(v) for v in value) if isinstance(value, (list, tuple)) else tensor_bytes(value)
 
 
-def _auto(liveness: Liveness, points: list[CutPoint], fits: Callable[[list[int]], bool] | None) -> list[int]:
-    """The fewest blocks that fit; where none do, the fewest whose largest block is about as small as it gets."""
+def _auto(liveness: Liveness, points: list[CutPoint], peak: Peak | None, limit: float, thorough: bool) -> list[int]:
+    """The fewest blocks whose peak is inside the limit; where none are, the fewest within 2 % of the smallest."""
     tried: list[tuple[float, list[int]]] = []
     for count in range(1, min(MAX_AUTO, most_blocks(liveness, points)) + 1):
         cuts = balanced(liveness, points, count)
         if cuts is None:
             break
-        if fits is not None and fits(cuts):
+        estimate = largest(liveness, cuts)
+        # Where the largest block alone is too large, the whole step needs no prediction.
+        size = estimate if peak is None or (estimate > limit and not thorough) else peak(cuts)
+        if size <= limit:
             return cuts
-        tried.append((largest(liveness, cuts), cuts))
+        tried.append((size, cuts))
     smallest = min(size for size, _ in tried)
-    return next(cuts for size, cuts in tried if size <= 1.05 * smallest)
+    return next(cuts for size, cuts in tried if size <= 1.02 * smallest)
 
 
 def largest(liveness: Liveness, cuts: Sequence[int]) -> float:

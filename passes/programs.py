@@ -72,6 +72,9 @@ class BlockProgram(nn.Module):
     def __init__(self, block: Block, weights: Weights) -> None:
         super().__init__()
         self.__dict__.update(block=block, weights=weights)
+        # Inputs and outputs that carry a gradient in the whole model, by position.
+        self.wanted = [i for i, n in enumerate(block.inputs) if n.name in block.differentiable]
+        self.given = [i for i, n in enumerate(block.outputs) if n.name in block.differentiable]
 
     def evaluate(self, values: Sequence[Any], scratch: bool = False, frozen: bool = False) -> tuple[Any, ...]:
         """Run the block's code.
@@ -100,8 +103,14 @@ class Forward(BlockProgram):
     """Values only: ``(*inputs) -> outputs``. Leaves no trace; the recomputation updates running statistics."""
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            return self.evaluate(values, scratch=True)
+        # Compiled code is another program with gradients than without (its draws and its rounding may differ), and the
+        # recomputation must be the same one. What autograd saved dies when this returns.
+        with torch.set_grad_enabled(not isinstance(self.block.code, fx.GraphModule)):
+            leaves = list(values)
+            if torch.is_grad_enabled():
+                for i in self.wanted:
+                    leaves[i] = values[i].detach().requires_grad_()
+            return tuple(_detached(o) for o in self.evaluate(leaves, scratch=True))
 
 
 class ForwardOnce(BlockProgram):
@@ -180,10 +189,6 @@ class LocalGradient(BlockProgram):
 class LossGradient(BlockProgram):
     """The last block of the BP step: ``(*inputs) -> (*outputs, *cotangents, grads)``; outputs[0] is the loss."""
 
-    def __init__(self, block: Block, weights: Weights) -> None:
-        super().__init__(block, weights)
-        self.wanted = [i for i, n in enumerate(block.inputs) if n.name in block.differentiable]
-
     def forward(self, *values: Any) -> tuple[Any, ...]:
         leaves = list(values)
         for i in self.wanted:
@@ -202,11 +207,6 @@ class VectorJacobian(BlockProgram):
 
     Running statistics are updated here, once; the forward sweep left them alone.
     """
-
-    def __init__(self, block: Block, weights: Weights) -> None:
-        super().__init__(block, weights)
-        self.wanted = [i for i, n in enumerate(block.inputs) if n.name in block.differentiable]
-        self.given = [i for i, n in enumerate(block.outputs) if n.name in block.differentiable]
 
     def forward(self, rng: RngState | None, *values: Any) -> tuple[Any, ...]:
         if rng is not None:

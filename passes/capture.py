@@ -31,12 +31,13 @@ from bpfx.errors import BpfxError
 from bpfx.passes import adapters, opaque
 from bpfx.passes.batch import BatchSpec, Loss, LossFn, call_model
 from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, module_name
-from bpfx.passes.reference import Reference, run_reference
+from bpfx.passes.reference import SEED, Reference, run_reference
 from bpfx.passes.rng import preserve
 from bpfx.passes.verify import Mismatch, verify
 
 MAX_FALLS = 12
 VERIFY_SAMPLES = 4
+EXTRA_DRAWS = 8
 
 
 class Program(nn.Module):
@@ -212,8 +213,18 @@ class _Attempts:
             self.program.output_spec,
             self.program.output_constants,
             reference.mutated,
-            reference.unreached,
+            self._unreached(reference),
         )
+
+    def _unreached(self, reference: Reference) -> list[str]:
+        """Trainable parameters that plain BP never reaches: a layer that chance left out is reached by another draw."""
+        unreached = reference.unreached
+        for seed in range(1, EXTRA_DRAWS + 1):
+            if not unreached:
+                break
+            again = run_reference(self.program, self.weights, reference.tensors, SEED + seed).unreached
+            unreached = [name for name in unreached if name in again]
+        return unreached
 
     def _blame(self, mismatch: Mismatch, reference: Reference) -> dict[str, str]:
         return {p: f"{w} ({mismatch.reason})" for p, w in reference.checkpoints.items()}

@@ -49,7 +49,7 @@ class Reference:
         return [name for name, grad in self.grads.items() if grad is None]
 
 
-def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor]) -> Reference:
+def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor], seed: int = SEED) -> Reference:
     """Run the untouched model once, seeded, and put everything it changed back.
 
     Raises:
@@ -64,7 +64,7 @@ def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor
         )
     watch = _Watch(program)
     before = {name: weights[name].detach().clone() for name in weights.buffer_names}
-    with preserve(weights), preserved(SEED), adapters.non_reentrant_checkpoint(), torch.enable_grad():
+    with preserve(weights), preserved(seed), adapters.non_reentrant_checkpoint(), torch.enable_grad():
         with watch.watching():
             loss, *_ = program(*tensors)
         if not loss.requires_grad:

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bpfx
-from bpfx.memory import measure_peak
+from bpfx.memory import measure_peak, mib
 from bpfx.passes.liveness import LivenessError, predict_peak
 
 RESULTS = Path(__file__).parent / "results"

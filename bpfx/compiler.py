@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bpfx import losses as losses_module
 from bpfx.errors import BpfxError, BpfxWarning, suggest
 from bpfx.memory import format_bytes
-from bpfx.passes import emit, heads, lower, normalise, partition, programs, shapes, tail
+from bpfx.passes import emit, heads, joint, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
 from bpfx.passes.capture import VERIFY_SAMPLES, Captured, capture
 from bpfx.passes.graph import ModelGraph, Weights, ancestors, tensor_bytes
@@ -230,6 +230,8 @@ class Compiler:
         return Variant(captured, blocks, built, losses, local, bp)
 
     def _compile(self, variant: Variant) -> None:
+        local = [p for p in variant.local_step.children() if isinstance(p, programs.LocalGradient)]
+        joint.compile_local_gradients(local, self.backend)
         programs.compile_blocks(variant.blocks, variant.losses, self.backend)
 
     # --- prediction ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Block:
         mutated: buffers among them that a run changes.
         random: whether it may draw random numbers.
         opaque: module paths that run as themselves in it.
-        code: ``(*inputs, *weights) -> outputs``.
+        source: ``(*inputs, *weights) -> outputs`` as a graph module.
+        code: the same, compiled where that is asked for.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Block:
     mutated: list[str]
     random: bool
     opaque: list[str]
+    source: fx.GraphModule
     code: Callable[..., Any]
 
     @property
@@ -107,6 +109,7 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
                     for p in graph.opaque
                     if any(n.op == "call_module" and (p in module_paths(n) or p == "") for n in inside)
                 ],
+                source=code,
                 code=code,
             )
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from bpfx.losses import Head
 from bpfx.passes.graph import Weights
@@ -52,6 +52,10 @@ class LocalLoss(nn.Module):
         return [
             self.weights.override_of(n, p) for n, p in zip(self.parameter_names, self.head.parameters(), strict=True)
         ]
+
+    def tensors_now(self) -> list[Tensor]:
+        """Parameters and buffers of the head, in the order of ``tensor_names``."""
+        return [*self.head.parameters(), *self.head.buffers()]
 
     def forward(self, features: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         arguments = (*features, *(inputs[i] for i in self.head_inputs))
@@ -105,7 +109,7 @@ class Forward(BlockProgram):
     def forward(self, *values: Any) -> tuple[Any, ...]:
         # Compiled code is another program with gradients than without (its draws and its rounding may differ), and the
         # recomputation must be the same one. What autograd saved dies when this returns.
-        with torch.set_grad_enabled(not isinstance(self.block.code, fx.GraphModule)):
+        with torch.set_grad_enabled(self.block.code is not self.block.source):
             leaves = list(values)
             if torch.is_grad_enabled():
                 for i in self.wanted:
@@ -130,6 +134,7 @@ class LocalGradient(BlockProgram):
 
     ahead: list[BlockProgram]
     local_loss: LocalLoss | None
+    joint: Callable[[list[Any]], tuple[Any, ...] | None] | None
 
     def __init__(
         self,
@@ -141,7 +146,7 @@ class LocalGradient(BlockProgram):
         user_inputs: Sequence[str],
     ) -> None:
         super().__init__(window[0], weights)
-        self.__dict__.update(ahead=[BlockProgram(b, weights) for b in window[1:]], local_loss=local_loss)
+        self.__dict__.update(ahead=[BlockProgram(b, weights) for b in window[1:]], local_loss=local_loss, joint=None)
         self.argument_names = tuple(argument_names)
         self.feature_names = tuple(feature_names)
         self.user_inputs = tuple(user_inputs)
@@ -170,6 +175,8 @@ class LocalGradient(BlockProgram):
         return outputs
 
     def forward(self, values: list[Any]) -> tuple[Any, ...]:
+        if self.joint is not None and (result := self.joint(values)) is not None:
+            return result
         with torch.enable_grad():
             outputs, loss = self.losses(values)
             names, tensors = self.gradient_inputs()
@@ -239,9 +246,9 @@ def compile_blocks(blocks: Sequence[Block], losses: Sequence[LocalLoss | None], 
     """Compile the blocks' code and the heads with ``torch.compile``; equal blocks are compiled once."""
     compiled: dict[int, Any] = {}
     for block in blocks:
-        code = block.code
-        if isinstance(code, fx.GraphModule) and not block.opaque:
-            block.code = compiled.setdefault(id(code), torch.compile(code, backend=backend, fullgraph=True))
+        if not block.opaque:
+            source = block.source
+            block.code = compiled.setdefault(id(source), torch.compile(source, backend=backend, fullgraph=True))
     for loss in losses:
         if loss is not None and not loss.head.borrows:
             loss.__dict__["call"] = torch.compile(loss.head, backend=backend)

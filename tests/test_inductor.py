@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import zoo
 from oracles import run
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import bpfx
+from bpfx.passes.joint import JointGradient
 from bpfx.passes.programs import Forward, LocalGradient, VectorJacobian
 
 
@@ -51,3 +55,24 @@ def test_bp_step_is_the_derivative_of_its_own_loss(step: bpfx.Step) -> None:
     with torch.no_grad():
         weight.copy_(original)
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(gradient["0.conv.weight"].norm()), rel=0.1)
+
+
+def test_a_block_without_random_draws_is_one_program() -> None:
+    """Gradients, running statistics and values of the joint graph equal the eager ones; another batch size works."""
+    batch = torch.randn(8, 3, 12, 12), torch.randint(0, 4, (8,))
+    results = {}
+    for compiler in ("eager", "inductor"):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Conv2d(3 if k == 0 else 8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for k in range(3)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(288, 4))
+        torch.manual_seed(1)
+        step = bpfx.convert(model, F.cross_entropy, batch, blocks=["1", "2"], offset=None, compile=compiler)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", bpfx.BpfxWarning)  # a block that is not compiled as one program says so
+            found = [step.run_local(*batch).grads, step.run_local(batch[0][:5], batch[1][:5]).grads]
+        results[compiler] = [*found, dict(model.named_buffers())]
+        if compiler == "inductor":
+            programs = [p for p in step.local_step.children() if isinstance(p, LocalGradient)]
+            assert len(programs) == 3
+            assert all(isinstance(p.joint, JointGradient) and p.joint.run is not None for p in programs)
+    torch.testing.assert_close(results["inductor"], results["eager"], rtol=1e-3, atol=1e-4)

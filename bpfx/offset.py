@@ -117,6 +117,7 @@ class RefreshSum:
         self.block_of = block_of
         self.offset: Grads = {}
         self.local: Grads = {}
+        self.bad: list[str] = []  # parameters whose Δ is NaN or infinite
         self._squares: dict[int, float] = {}
         self._weights: list[float] = []
 
@@ -129,7 +130,10 @@ class RefreshSum:
             g, ell = bp.pop(name, None), local.get(name)
             delta = _difference(g, ell)
             block = self.block_of[name]
-            self._squares[block] = self._squares.get(block, 0.0) + weight * _dot([delta], [delta])
+            square = _dot([delta], [delta])
+            if not math.isfinite(square):  # one number shows it without another tensor of that size
+                self.bad.append(name)
+            self._squares[block] = self._squares.get(block, 0.0) + weight * square
             _sum(self.offset, name, delta, weight)
             if ell is not None:
                 _sum(self.local, name, ell, weight)

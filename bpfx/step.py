@@ -225,17 +225,15 @@ class Step(nn.Module):
 
     def _store(self, total: RefreshSum) -> None:
         assert self.offset is not None
-        offset, statistics = total.finish(self.offset_state)
-        bad = [n for n, d in offset.items() if not torch.isfinite(d).all()]
-        if bad:
+        if total.bad:
             kept = "the old offset is kept" if self.offset_state else "no offset is stored"
             warnings.warn(
-                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {bad[0]!r}); {kept}",
+                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {total.bad[0]!r}); {kept}",
                 BpfxWarning,
                 stacklevel=5,
             )
             return
-        self.offset_state = offset
+        self.offset_state, statistics = total.finish(self.offset_state)
         if self.offset.lam == "auto":
             self._lam = {k: min(max(1.0 - (s["spread"] or 0.0), 0.0), 1.0) for k, s in statistics.items()}
         blocks = [{"block": k, **s, "lam": self._lam.get(k)} for k, s in statistics.items()]

@@ -35,7 +35,7 @@ class Variant:
     captured: Captured
     blocks: list[lower.Block]
     heads: nn.ModuleList
-    losses: list[programs.LocalLoss | None]
+    losses: list[programs.BoundaryLoss | None]
     local_step: fx.GraphModule
     bp_step: fx.GraphModule
 

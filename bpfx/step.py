@@ -228,7 +228,8 @@ class Step(nn.Module):
         if total.bad:
             kept = "the old offset is kept" if self.offset_state else "no offset is stored"
             warnings.warn(
-                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {total.bad[0]!r}); {kept}",
+                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {total.bad[0]!r}); "
+                f"{kept}",
                 BpfxWarning,
                 stacklevel=5,
             )

@@ -15,7 +15,7 @@ from torch import fx, nn
 from bpfx.passes.graph import ModelGraph, Weights
 from bpfx.passes.heads import head_features
 from bpfx.passes.lower import Block
-from bpfx.passes.programs import Forward, ForwardOnce, LocalGradient, LocalLoss, LossGradient, VectorJacobian
+from bpfx.passes.programs import BoundaryLoss, Forward, ForwardOnce, LocalGradient, LossGradient, VectorJacobian
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.passes.stop_gradient import accumulate, hand_over, stop_gradient
 
@@ -65,7 +65,7 @@ def emit_local_step(
     graph: ModelGraph,
     weights: Weights,
     blocks: Sequence[Block],
-    losses: Sequence[LocalLoss | None],
+    losses: Sequence[BoundaryLoss | None],
     horizon: int,
 ) -> fx.GraphModule:
     """The local step: ``(*inputs) -> (loss, local losses, gradients per block, outputs)``."""

@@ -64,7 +64,7 @@ def attach_losses(
     blocks: Sequence[Block],
     heads: nn.ModuleList,
     predictions: list[fx.Node],
-) -> list[programs.LocalLoss | None]:
+) -> list[programs.BoundaryLoss | None]:
     """The local loss of every boundary that has a head."""
     if len(blocks) == 1:
         return [None]
@@ -74,17 +74,19 @@ def attach_losses(
             "the loss cannot be taken apart from the model's layers, so no head can be trained with it; "
             "pass the loss as loss_fn, or use blocks=1"
         )
-    losses: list[programs.LocalLoss | None] = []
+    losses: list[programs.BoundaryLoss | None] = []
     for k, head in enumerate(heads):
         assert isinstance(head, Head)
         if isinstance(head, NoHead):
             losses.append(None)
             continue
-        losses.append(programs.LocalLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights))
+        losses.append(
+            programs.BoundaryLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights)
+        )
     return [*losses, None]
 
 
-def head_features(block: Block, first: Block | None = None) -> list[fx.Node]:
+def head_features(block: Block) -> list[fx.Node]:
     """The fewest outputs of ``block`` that together depend on everything that trains in it; newest first."""
     outputs = [n for n in block.outputs if n.name in block.differentiable]
     inside = set(block.nodes)

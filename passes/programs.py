@@ -21,7 +21,7 @@ from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
 Grads = dict[str, Tensor]
 
 
-class LocalLoss(nn.Module):
+class BoundaryLoss(nn.Module):
     """A head and the model's own loss on its predictions: ``forward(features, inputs)`` returns a scalar."""
 
     head: Head
@@ -133,7 +133,7 @@ class LocalGradient(BlockProgram):
     """
 
     ahead: list[BlockProgram]
-    local_loss: LocalLoss | None
+    local_loss: BoundaryLoss | None
     joint: Callable[[list[Any]], tuple[Any, ...] | None] | None
 
     def __init__(
@@ -141,7 +141,7 @@ class LocalGradient(BlockProgram):
         window: Sequence[Block],
         argument_names: Sequence[str],
         weights: Weights,
-        local_loss: LocalLoss | None,
+        local_loss: BoundaryLoss | None,
         feature_names: Sequence[str],
         user_inputs: Sequence[str],
     ) -> None:
@@ -242,7 +242,7 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def compile_blocks(blocks: Sequence[Block], losses: Sequence[LocalLoss | None], backend: str) -> None:
+def compile_blocks(blocks: Sequence[Block], losses: Sequence[BoundaryLoss | None], backend: str) -> None:
     """Compile the blocks' code and the heads with ``torch.compile``; equal blocks are compiled once."""
     compiled: dict[int, Any] = {}
     for block in blocks:

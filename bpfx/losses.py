@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,16 @@ def _outputs(target: Target, form: str) -> int:
     return math.prod(target.shape[:dim] + target.shape[dim + 1 :])
 
 
+class LocalLoss(Protocol):
+    """What the compiler asks of a local loss: a name, and a head for what crosses a boundary."""
+
+    name: str
+
+    def head(self, context: HeadContext) -> Head:
+        """Build the head for one boundary; it is trained with the model's own loss on its predictions."""
+        ...
+
+
 class Supervised:
     """The task loss on the prediction of a head (greedy local learning).
 
@@ -234,7 +245,6 @@ class Supervised:
         return head
 
 
-LocalLoss = Supervised
 _REGISTRY: dict[str, Callable[[], LocalLoss]] = {"supervised": Supervised}
 
 

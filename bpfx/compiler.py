@@ -172,7 +172,7 @@ class Compiler:
         except LivenessError as error:
             saved = {n: tensor_bytes(n.meta.get("val")) for n in graph.compute_nodes()}
             self._notes.append(f"blocks are balanced by output sizes only: {error}")
-        found = partition.Liveness(graph, self.weights, saved, predictions)
+        found = partition.Liveness(graph, self.weights, saved, predictions, captured.mutated_buffers)
         if blocks != "auto":
             return partition.choose(found, blocks)
         if self.budget is not None:
@@ -223,7 +223,8 @@ class Compiler:
         if built is None:
             with torch.random.fork_rng():  # the caller's generator goes on as if nothing had been built
                 built = heads.insert_heads(graph, self.weights, blocks, predictions, self.local_loss, self.horizon)
-        losses = heads.attach_losses(graph, self.weights, blocks, built, predictions)
+        mutated = captured.mutated_buffers
+        losses = heads.attach_losses(graph, self.weights, blocks, built, predictions, mutated)
         local = emit.emit_local_step(graph, self.weights, blocks, losses, self.horizon)
         bp = emit.emit_bp_step(graph, self.weights, blocks)
         check_isolation(local, blocks)

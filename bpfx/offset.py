@@ -28,8 +28,9 @@ class Offset:
             refreshes, so K cannot be chosen without the learning rate; docs/offset.md has the limit.
         batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples. More need
             ``data``.
-        micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, which keeps the
-            refresh inside the memory of one piece.
+        micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, weighted by their
+            numbers of samples, which keeps the refresh inside the memory of one piece. Right for a loss that is a mean
+            over samples; not for a sum, nor where padding makes samples count differently.
         alpha: scale of the local gradient (α), a number or a function of the iteration. Heads are not scaled.
         lam: scale of Δ (λ), a number, a function of the iteration, or ``"auto"``: per block the share of ‖Δ‖² that
             the refresh's micro-batches agree on, ``1 − spread/‖Δ‖²``, at least 0 (two micro-batches or more).
@@ -188,6 +189,8 @@ def _sum(total: Grads, name: str, value: Tensor, weight: float) -> None:
 def _dot(first: list[Tensor], second: list[Tensor]) -> float:
     total = 0.0
     for a, b in zip(first, second, strict=True):
+        if a.is_complex():
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
         precise = torch.promote_types(a.dtype, torch.float32)
         total += float(torch.dot(a.flatten().to(precise), b.flatten().to(precise)))
     return total

@@ -54,8 +54,8 @@ class Step(nn.Module):
     """A converted model. Made by :func:`bpfx.convert`.
 
     ``parameters()`` are the model's and the heads'; give them all to the optimizer. ``state_dict()`` holds the model,
-    the heads, the offsets and the position in the schedule. Called under ``torch.no_grad()`` it evaluates the plain
-    model.
+    the heads, the offsets and the position in the schedule. Called under ``torch.no_grad()`` or after ``eval()`` it
+    evaluates the plain model.
 
     Attributes:
         model: the caller's own module, unchanged.
@@ -103,7 +103,7 @@ class Step(nn.Module):
             BpfxError: a batch that is built otherwise than the example, or parameters that train otherwise than then.
         """
         compiler = self._compiler
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self.training):
             loss, output = call_model(self.model, compiler.loss_fn, args, kwargs)
             return loss if compiler.loss_fn is not None else output
         tensors = compiler.spec.flatten(args, kwargs)
@@ -310,24 +310,32 @@ class Step(nn.Module):
         Raises:
             BpfxError: the state belongs to other blocks.
         """
-        own = [b.name for b in self.plan.blocks]
-        if state["blocks"] != own:
-            raise BpfxError(
-                f"this state belongs to {len(state['blocks'])} blocks ({', '.join(state['blocks'][:3])}, …), "
-                f"this step has {len(own)} ({', '.join(own[:3])}, …); convert with the same blocks"
-            )
+        self._check_blocks(state)
         weights = self._compiler.weights
         self.iteration = int(state["iteration"])
         self.offset_state = {n: d.to(weights[n].device, copy=True) for n, d in state["offset"].items()}
         self._lam = dict(state["lam"])
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
+    def _check_blocks(self, state: dict[str, Any]) -> None:
+        own = [b.name for b in self.plan.blocks]
+        if state["blocks"] != own:
+            raise BpfxError(
+                f"this state belongs to {len(state['blocks'])} blocks ({', '.join(state['blocks'][:3])}, …), "
+                f"this step has {len(own)} ({', '.join(own[:3])}, …); convert with the same blocks"
+            )
+
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As for any module; a state of other blocks is refused before anything is loaded."""
-        extra = state_dict.get("_extra_state")
-        if extra is not None:
-            self.set_extra_state(extra)
+        if "_extra_state" in state_dict:
+            self._check_blocks(state_dict["_extra_state"])
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __deepcopy__(self, memo: Any) -> Step:
+        raise BpfxError("a step cannot be copied; copy step.model and convert it, or keep step.state_dict()")
+
+    def __reduce__(self) -> Any:
+        raise BpfxError("a step cannot be pickled; save step.state_dict(), and convert the model again to load it")
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.blocks)} blocks, offset={self.offset}"

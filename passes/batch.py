@@ -112,7 +112,10 @@ class BatchSpec:
                     f"{name} has shape {tuple(tensor.shape)}, the example had {shape}: the number of dimensions differs"
                 )
             if tensor.dtype != dtype:
-                raise BpfxError(f"{name} has dtype {tensor.dtype}, the example had {dtype}; convert it first")
+                raise BpfxError(
+                    f"{name} has dtype {tensor.dtype}, the example had {dtype}; convert the batch, or, where the "
+                    "model's own dtype has changed since, call bpfx.convert again"
+                )
         return tensors
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -200,6 +200,10 @@ class _Attempts:
             while where in opaque_paths and where:
                 where = where.rpartition(".")[0]  # opaque already, so its caller is what cannot be traced
             return self._same_class(where, reason)
+        if mismatch is None and not opaque_paths and not self._serves_all(graph):
+            # The few samples' number is part of this graph (a division by it, a branch on it): capture the whole batch.
+            self.few = self.full
+            return self._try(rung, self._reference(self.full), opaque_paths, strict)
         if mismatch is not None:
             self.log.append(f"{rung}: not equal to the plain model: {mismatch.reason}")
             return self._blame(mismatch, reference)
@@ -215,6 +219,18 @@ class _Attempts:
             reference.mutated,
             self._unreached(reference),
         )
+
+    def _serves_all(self, graph: ModelGraph) -> bool:
+        """Whether a graph captured with a few samples is right for the whole batch."""
+        if self.few is self.full:
+            return True
+        if not graph.dynamic or graph.guard is None:
+            return False
+        try:
+            graph.guard(*self.full)
+        except Exception:  # the guard's message speaks of symbols; the whole batch settles it
+            return False
+        return True
 
     def _unreached(self, reference: Reference) -> list[str]:
         """Trainable parameters that plain BP never reaches: a layer that chance left out is reached by another draw."""
@@ -250,7 +266,7 @@ class _Attempts:
             if outermost:
                 calls: list[opaque.OpaqueCall] = []
                 with opaque.recorded(outermost, calls), torch.enable_grad():
-                    self.program(*tensors)
+                    self.program(*(t.clone() for t in tensors))
                 stack.enter_context(opaque.replaced(outermost, calls))
             if not strict:  # Dynamo would trace the tracker's own hooks
                 stack.enter_context(tracker)
@@ -269,7 +285,7 @@ class _Attempts:
         """The whole program as one opaque node."""
         calls: list[opaque.OpaqueCall] = []
         with preserve(self.weights), opaque.recorded({"": self.program}, calls), torch.enable_grad():
-            self.program(*tensors)
+            self.program(*(t.clone() for t in tensors))
         call = calls[0]
         graph = fx.Graph()
         weight_of: dict[fx.Node, str] = {}

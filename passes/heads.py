@@ -64,6 +64,7 @@ def attach_losses(
     blocks: Sequence[Block],
     heads: nn.ModuleList,
     predictions: list[fx.Node],
+    mutated: set[str],
 ) -> list[programs.BoundaryLoss | None]:
     """The local loss of every boundary that has a head."""
     if len(blocks) == 1:
@@ -81,7 +82,17 @@ def attach_losses(
             losses.append(None)
             continue
         losses.append(
-            programs.BoundaryLoss(k, head, head.inputs, suffix.module, suffix.inputs, suffix.weights, weights)
+            programs.BoundaryLoss(
+                k,
+                head,
+                head.inputs,
+                suffix.module,
+                suffix.inputs,
+                suffix.weights,
+                weights,
+                frozenset(mutated),
+                suffix.random,
+            )
         )
     return [*losses, None]
 

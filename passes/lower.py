@@ -11,13 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
+from bpfx.passes.alias import analyse
 from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_path, module_paths
-from bpfx.passes.opaque import Opaque
-
-_RECURRENT = ("lstm", "gru", "rnn")
+from bpfx.passes.opaque import draws
 
 
 @dataclasses.dataclass
@@ -35,6 +33,7 @@ class Block:
         mutated: buffers among them that a run changes.
         random: whether it may draw random numbers.
         opaque: module paths that run as themselves in it.
+        overwrites: whether it may write into what it is given.
         source: ``(*inputs, *weights) -> outputs`` as a graph module.
         code: the same, compiled where that is asked for.
     """
@@ -49,6 +48,7 @@ class Block:
     mutated: list[str]
     random: bool
     opaque: list[str]
+    overwrites: bool
     source: fx.GraphModule
     code: Callable[..., Any]
 
@@ -77,6 +77,8 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
     where = {n: k for k, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)) for n in nodes[a:b]}
     results = [graph.loss, *(o for o in graph.outputs if isinstance(o, fx.Node))]
     shared: dict[str, fx.GraphModule] = {}
+    aliases = analyse(graph.graph)
+    overwriting = {m.node for r, ms in aliases.mutations.items() if r in graph.inputs for m in ms}
     blocks = []
     for k in range(len(bounds) - 1):
         inside = nodes[bounds[k] : bounds[k + 1]]
@@ -92,7 +94,6 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
         code = _code(graph, inside, inputs, names, outputs)
         key = _structure(code, graph, inputs, names, weights)
         code = shared.setdefault(key, code)
-        targets = {str(n.target) for n in inside if n.op == "call_function"}
         blocks.append(
             Block(
                 index=k,
@@ -103,12 +104,13 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
                 weights=names,
                 trainable=[n for n in names if weights[n].requires_grad],
                 mutated=[n for n in names if n in mutated],
-                random=any(_draws(n, graph.root) for n in inside) or any(r in t for t in targets for r in _RECURRENT),
+                random=any(draws(n, graph.root) for n in inside),
                 opaque=[
                     p
                     for p in graph.opaque
                     if any(n.op == "call_module" and (p in module_paths(n) or p == "") for n in inside)
                 ],
+                overwrites=bool(overwriting & set(inside)) or any(n.op == "call_module" for n in inside),
                 source=code,
                 code=code,
             )
@@ -158,16 +160,3 @@ def _kind(value: Any) -> str:
     return (
         f"{tuple(value.shape)} {value.dtype} {value.device} {value.requires_grad and isinstance(value, nn.Parameter)}"
     )
-
-
-def _draws(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), Opaque)
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-        return True
-    inner = [a for a in node.all_input_nodes if a.op == "get_attr"]
-    for attribute in inner:
-        module = getattr(root, str(attribute.target), None)
-        if isinstance(module, fx.GraphModule) and any(_draws(n, module) for n in module.graph.nodes):
-            return True
-    return False

@@ -14,13 +14,20 @@ from bpfx.passes.alias import Aliases, analyse
 from bpfx.passes.graph import ModelGraph
 
 
-def barred_cuts(graph: ModelGraph, order: Mapping[fx.Node, int]) -> list[tuple[int, int]]:
-    """Ranges of positions that no cut may fall into: memory written through views must stay in one block.
+def barred_cuts(graph: ModelGraph, order: Mapping[fx.Node, int], mutated: set[str]) -> list[tuple[int, int]]:
+    """Ranges of positions that no cut may fall into.
+
+    Memory written through views must stay in one block, and so must a buffer that is written: two blocks would write it
+    in another order in the reverse sweep.
 
     Returns pairs ``(first, last)``: a cut after position p is barred when ``first <= p < last``.
     """
     aliases = analyse(graph.graph)
-    barred = []
+    writers: dict[str, list[int]] = {}
+    for placeholder, name in graph.weight_of.items():
+        if name in mutated:
+            writers.setdefault(name, []).extend(order[u] for u in placeholder.users if u in order)
+    barred = [(min(p), max(p)) for p in writers.values() if p]
     for root, mutations in aliases.mutations.items():
         if root in graph.weight_of or all(m.simple for m in mutations):
             continue

@@ -20,6 +20,7 @@ from torch._guards import detect_fake_mode
 from bpfx.passes import adapters
 from bpfx.passes.graph import Weights
 
+_RECURRENT = ("lstm", "gru", "rnn")
 _CALLS: dict[int, OpaqueCall] = {}
 torch.library.define("bpfx::opaque", "(Tensor[] weights, Tensor[] inputs, int call) -> Tensor[]")
 
@@ -223,3 +224,19 @@ def _rebuild(inputs: Sequence[Tensor], constants: dict[int, Any], spec: pytree.T
     tensors = iter(inputs)
     leaves = [constants[i] if i in constants else next(tensors) for i in range(spec.num_leaves)]
     return pytree.tree_unflatten(leaves, spec)
+
+
+def draws(node: fx.Node, root: nn.Module) -> bool:
+    """Whether ``node`` may draw random numbers."""
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(str(node.target)), Opaque)
+    if any(kind in str(node.target) for kind in _RECURRENT):  # their dropout is an argument, and their schema is silent
+        return True
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return True
+    inner = [a for a in node.all_input_nodes if a.op == "get_attr"]
+    for attribute in inner:
+        module = getattr(root, str(attribute.target), None)
+        if isinstance(module, fx.GraphModule) and any(draws(n, module) for n in module.graph.nodes):
+            return True
+    return False

@@ -59,8 +59,9 @@ class Liveness:
         weights: Weights,
         saved: Mapping[fx.Node, int],
         predictions: Sequence[fx.Node],
+        mutated: set[str],
     ) -> None:
-        self.graph, self.weights = graph, weights
+        self.graph, self.weights, self.mutated = graph, weights, mutated
         self.nodes = graph.compute_nodes()
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.live = differentiable_nodes(graph, weights)
@@ -91,7 +92,7 @@ class Liveness:
 
     def candidates(self) -> list[CutPoint]:
         """Every position at which a cut is possible, in order."""
-        barred = barred_cuts(self.graph, self.order)
+        barred = barred_cuts(self.graph, self.order, self.mutated)
         first = next((i for i, t in enumerate(self.trains) if t), len(self.nodes))
         last = max((i for i, t in enumerate(self.trains) if t), default=-1)
         points = []

@@ -38,6 +38,8 @@ class BoundaryLoss(nn.Module):
         loss_inputs: Sequence[int],
         loss_weights: Sequence[str],
         weights: Weights,
+        mutated: frozenset[str] = frozenset(),
+        random: bool = False,
     ) -> None:
         super().__init__()
         # Owned by the step and the model, not by this module.
@@ -45,6 +47,7 @@ class BoundaryLoss(nn.Module):
         self.block = block
         self.head_inputs, self.loss_inputs = tuple(head_inputs), tuple(loss_inputs)
         self.loss_weights = tuple(loss_weights)
+        self.mutated, self.random = mutated, random
         self.parameter_names = [f"heads.{block}.{name}" for name, _ in head.named_parameters()]
         self.tensor_names = self.parameter_names + [f"heads.{block}.{name}" for name, _ in head.named_buffers()]
 
@@ -63,8 +66,16 @@ class BoundaryLoss(nn.Module):
         predictions = torch.func.functional_call(self.head, swapped, arguments) if swapped else self.call(*arguments)
         if not isinstance(predictions, tuple):
             predictions = (predictions,)
+        # What the loss keeps of its own (a class centre, a running scale) belongs to the model's predictions alone.
         constants = [self.weights[n].detach() for n in self.loss_weights]
-        return self.loss(*predictions, *(inputs[i] for i in self.loss_inputs), *constants)
+        constants = [t.clone() if n in self.mutated else t for n, t in zip(self.loss_weights, constants, strict=True)]
+        arguments = (*predictions, *(inputs[i] for i in self.loss_inputs), *constants)
+        if not self.random:
+            return self.loss(*arguments)
+        state = get_rng_state()  # the draws of a head's loss must not shift those of the blocks
+        loss = self.loss(*arguments)
+        set_rng_state(state)
+        return loss
 
 
 class BlockProgram(nn.Module):
@@ -94,8 +105,7 @@ class BlockProgram(nn.Module):
             tensors = [t.clone() if n in block.mutated else t for n, t in zip(block.weights, tensors, strict=True)]
         if frozen:
             tensors = [t.detach() for t in tensors]
-        if block.opaque:
-            # Code that we cannot see may write into what it is given.
+        if block.overwrites:
             values = [v.clone() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
         return block.code(*values, *tensors)
 

@@ -63,18 +63,44 @@ def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor
             "call requires_grad_(True) on those to train"
         )
     watch = _Watch(program)
-    before = {name: weights[name].detach().clone() for name in weights.buffer_names}
+    before = {name: (weights[name].detach().clone(), weights[name]._version) for name in weights.buffer_names}
+    given = [t.clone() for t in tensors]  # a model may write into its input
     with preserve(weights), preserved(seed), adapters.non_reentrant_checkpoint(), torch.enable_grad():
         with watch.watching():
-            loss, *_ = program(*tensors)
+            loss, *_ = program(*given)
         if not loss.requires_grad:
             raise BpfxError("the loss does not depend on any trainable parameter (is the model under no_grad?)")
+        _check_leaves(loss, [*(weights[n] for n in weights.parameter_names), *given])
         # Before the backward: a checkpointed region that updates its BatchNorm again when it recomputes counts once.
         buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
+        versions = {name: weights[name]._version for name in weights.buffer_names}
         found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
-    mutated = {n for n, b in before.items() if not torch.equal(b, buffers[n])}
+    # A buffer may be written without changing on this batch, and BatchNorm's kernels do not count their writes.
+    mutated = {n for n, (b, v) in before.items() if versions[n] != v or not torch.equal(b, buffers[n])}
     grads: dict[str, Tensor | None] = dict(zip(trainable, found, strict=True))
+    sparse = [name for name, grad in grads.items() if grad is not None and grad.is_sparse]
+    if sparse:
+        raise BpfxError(f"{sparse[0]!r} gets a sparse gradient; build its layer with sparse=False")
     return Reference(tensors, loss.detach(), grads, buffers, mutated, watch.suspects, watch.checkpoints)
+
+
+def _check_leaves(loss: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise when the loss trains a tensor that belongs to no module we see: it would silently stay as it is."""
+    ids = {id(t) for t in known}
+    seen: set[Any] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor) and id(variable) not in ids:
+            raise BpfxError(
+                f"the loss trains a tensor of shape {tuple(variable.shape)} that belongs neither to the model nor to "
+                "loss_fn as a module; pass the nn.Module that holds it as loss_fn, or register it in the model"
+            )
 
 
 class _Watch:

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, ancestors, differentiable_nodes, module_path
+from bpfx.passes.graph import (
+    OUTSIDE_LOSS,
+    ModelGraph,
+    Weights,
+    ancestors,
+    differentiable_nodes,
+    module_path,
+)
+from bpfx.passes.opaque import draws
 
 _aten = torch.ops.aten
 _DROPOUT = {_aten.dropout.default, _aten.dropout_.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
@@ -27,12 +35,14 @@ class SubProgram:
         values: the nodes whose values it starts from.
         inputs: indices of the user inputs it reads.
         weights: canonical names of the weights it reads.
+        random: whether it draws random numbers.
     """
 
     module: fx.GraphModule
     values: list[fx.Node]
     inputs: list[int]
     weights: list[str]
+    random: bool
 
 
 def find_predictions(graph: ModelGraph, weights: Weights, targets: Sequence[int] | None) -> list[fx.Node]:
@@ -152,12 +162,12 @@ def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], d
         stack.extend(node.all_input_nodes)
     start_ancestors = set().union(*(ancestors(s) for s in starts))
     for node in wanted & start_ancestors:
-        # Recomputing what the model computed before is right for a shape or a mask, not for a trunk of layers.
-        if any(a in graph.weight_of for a in node.all_input_nodes):
+        # Recomputing what the model computed before is right for a shape or a mask, not for a trunk of layers, and
+        # a random draw (the noise of a denoising loss) would be another one.
+        if draws(node, graph.root) or any(a in graph.weight_of for a in node.all_input_nodes):
             return None
-    if drop and any(
-        torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and n.target not in _DROPOUT for n in wanted
-    ):
+    random = any(draws(n, graph.root) for n in wanted if n.target not in _DROPOUT or not drop)
+    if drop and random:
         return None
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {s: new.placeholder(s.name) for s in starts}
@@ -179,7 +189,7 @@ def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], d
             env[node] = new.node_copy(node, lambda n: env[n])
     out = [env[r] for r in results]
     new.output(out[0] if len(out) == 1 else tuple(out))
-    return SubProgram(fx.GraphModule(graph.root, new), starts, inputs, [graph.weight_of[n] for n in names])
+    return SubProgram(fx.GraphModule(graph.root, new), starts, inputs, [graph.weight_of[n] for n in names], random)
 
 
 def _signature(node: fx.Node) -> tuple[tuple[int, ...] | None, torch.dtype | None]:

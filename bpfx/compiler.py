@@ -86,8 +86,8 @@ class Compiler:
         predictions = self._prepare(captured, tensors)
         self._check_targets(captured.graph)
         cuts = self._choose(captured, predictions, tensors, blocks)
-        names = captured.graph.compute_nodes()
-        self._cut_after = [(c, names[c].name) for c in cuts]
+        nodes = captured.graph.compute_nodes()
+        self._cut_after = [nodes[c].name for c in cuts]
         self.main = self._emit(captured, predictions, cuts)
         self.heads = self.main.heads
         self.plan = self._plan(self.main, tensors)
@@ -135,7 +135,7 @@ class Compiler:
         predictions = self._prepare(captured, tensors)
         nodes = captured.graph.compute_nodes()
         by_name = {n.name: i for i, n in enumerate(nodes)}
-        cuts = [by_name.get(name, -1) for _, name in self._cut_after]
+        cuts = [by_name.get(name, -1) for name in self._cut_after]
         if -1 in cuts or sorted(cuts) != cuts:
             raise BpfxError(
                 f"inputs of shape {shaped} give another graph than the example's {self.spec.describe()}, and the "
@@ -147,9 +147,9 @@ class Compiler:
         return variant
 
     def _prepare(self, captured: Captured, tensors: Sequence[Tensor]) -> list[fx.Node]:
-        shapes.propagate(captured.graph, self.weights, tensors)
+        shapes.propagate(captured.graph, captured.weights, tensors)
         return tail.find_predictions(
-            captured.graph, self.weights, self.spec.targets if self.loss_fn is not None else None
+            captured.graph, captured.weights, self.spec.targets if self.loss_fn is not None else None
         )
 
     def _check_targets(self, graph: ModelGraph) -> None:
@@ -213,20 +213,21 @@ class Compiler:
         )
 
     def _emit(self, captured: Captured, predictions: list[fx.Node], cuts: list[int]) -> Variant:
-        graph = captured.graph
+        # The capture's own: literals in the model's code may depend on the shapes that were captured.
+        graph, weights = captured.graph, captured.weights
         nodes = graph.compute_nodes()
         bounds = [0, *(c + 1 for c in cuts), len(nodes)]
         block_of = {n: k for k in range(len(bounds) - 1) for n in nodes[bounds[k] : bounds[k + 1]]}
         normalise.make_functional(graph, block_of)
-        blocks = lower.split(graph, self.weights, cuts, captured.mutated_buffers)
+        blocks = lower.split(graph, weights, cuts, captured.mutated_buffers)
         built = self.heads
         if built is None:
             with torch.random.fork_rng():  # the caller's generator goes on as if nothing had been built
-                built = heads.insert_heads(graph, self.weights, blocks, predictions, self.local_loss, self.horizon)
+                built = heads.insert_heads(graph, weights, blocks, predictions, self.local_loss, self.horizon)
         mutated = captured.mutated_buffers
-        losses = heads.attach_losses(graph, self.weights, blocks, built, predictions, mutated)
-        local = emit.emit_local_step(graph, self.weights, blocks, losses, self.horizon)
-        bp = emit.emit_bp_step(graph, self.weights, blocks)
+        losses = heads.attach_losses(graph, weights, blocks, built, predictions, mutated)
+        local = emit.emit_local_step(graph, weights, blocks, losses, self.horizon)
+        bp = emit.emit_bp_step(graph, weights, blocks)
         check_isolation(local, blocks)
         return Variant(captured, blocks, built, losses, local, bp)
 

@@ -49,13 +49,25 @@ class Chunked(nn.Module):
         return self.body(x) * (2.0 if x.shape[0] > 6 else 1.0) / int(x.shape[0])
 
 
+class Literal(nn.Module):
+    """A constant tensor in its code that depends on the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) / torch.tensor(float(x.shape[0]))
+
+
 @pytest.mark.parametrize(
     ("model", "loss_fn"),
     [
         (mlp(), lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(o)),
         (Chunked(), F.cross_entropy),
+        (Literal(), F.cross_entropy),
     ],
-    ids=["division by the batch size", "branch on the batch size"],
+    ids=["division by the batch size", "branch on the batch size", "literal with the batch size"],
 )
 def test_the_batch_size_inside_the_graph(model: nn.Module, loss_fn: Any) -> None:
     step = bpfx.convert(model, loss_fn, data(), blocks=2, offset=None)

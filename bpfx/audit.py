@@ -64,7 +64,7 @@ def audit(step: Step, *batch: Any, cut: bool = True) -> Audit:
 
     Args:
         step: from :func:`bpfx.convert`.
-        batch: the batch to run on, as for calling the step; random numbers shaped like the example by default.
+        batch: the batch to run on, as for calling the step; a few samples of the example by default.
         cut: ``False`` takes the stop-gradients out first: the negative control, which must report leaks.
 
     Raises:

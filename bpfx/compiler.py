@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,7 +74,6 @@ class Compiler:
         args, kwargs = as_call(batch)
         self.spec = BatchSpec.of(batch, loss_fn is not None)
         tensors = self.spec.flatten(args, kwargs)
-        started = time.perf_counter()
         captured = capture(model, loss_fn, self.spec, tensors)
         self.weights: Weights = captured.weights
         # What the audit runs on: a few samples, so that the caller's batch is not kept alive.
@@ -93,7 +91,6 @@ class Compiler:
         self.plan = self._plan(self.main, tensors)
         if compile != "eager":
             self._compile(self.main)
-        self.seconds = time.perf_counter() - started
         self._variants: dict[tuple[tuple[int, ...], ...], Variant] = {}
         if captured.unreached:
             warnings.warn(

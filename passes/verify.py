@@ -28,12 +28,12 @@ def verify(graph: ModelGraph, weights: Weights, reference: Reference, tensors: S
     names = list(reference.grads)
     gm = fx.GraphModule(graph.root, graph.graph)
     values = []
-    queue = iter(tensors)
+    queue = iter(tensors)  # copied below: a model may write into its inputs
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             values.append(weights[graph.weight_of[node]] if node in graph.weight_of else next(queue).clone())
     with preserve(weights), preserved(SEED), torch.enable_grad():
-        loss, *_ = gm(*values)  # on copies of the inputs: a model may write into them
+        loss, *_ = gm(*values)
         if not loss.requires_grad:
             return Mismatch("the captured loss carries no gradient")
         found = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)

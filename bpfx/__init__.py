@@ -14,5 +14,6 @@ from bpfx.convert import convert, plan  # noqa: E402
 from bpfx.errors import BpfxError, BpfxWarning  # noqa: E402
 from bpfx.offset import Offset  # noqa: E402
 from bpfx.step import Step  # noqa: E402
+from bpfx.trainer import BlockTrainer  # noqa: E402
 
-__all__ = ["BpfxError", "BpfxWarning", "Offset", "Step", "audit", "convert", "losses", "memory", "plan"]
+__all__ = ["BlockTrainer", "BpfxError", "BpfxWarning", "Offset", "Step", "audit", "convert", "losses", "memory", "plan"]

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bpfx import losses as losses_module
+from bpfx._budget import within_budget
+from bpfx._offset_state import OffsetState
+from bpfx._predict import Table, block_peaks, costs_of, drop_in_peaks, ordered, predict_bp, schedules
+from bpfx._simulate import best_groups, singly
+from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
-from bpfx.memory import format_bytes
+from bpfx.offset import Offset
 from bpfx.passes import emit, heads, joint, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
 from bpfx.passes.capture import VERIFY_SAMPLES, Captured, capture
 from bpfx.passes.graph import ModelGraph, Weights, ancestors, tensor_bytes
 from bpfx.passes.isolation import check_isolation
-from bpfx.passes.liveness import LivenessError, node_saved_bytes, predict_peak
-from bpfx.plan import BlockPlan, Crossing, Plan
+from bpfx.passes.liveness import LivenessError, node_saved_bytes
+from bpfx.passes.reduction import Reduction, find_reduction
+from bpfx.passes.stages import make_stages
+from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
 
 # "auto" looks for the fewest blocks whose local step stays below this share of plain BP's predicted peak.
 AUTO_SHARE = 0.245
 BACKENDS = ("eager", "inductor")
-
-
-@dataclasses.dataclass
-class Variant:
-    """The two steps for one range of input shapes."""
-
-    captured: Captured
-    blocks: list[lower.Block]
-    heads: nn.ModuleList
-    losses: list[programs.BoundaryLoss | None]
-    local_step: fx.GraphModule
-    bp_step: fx.GraphModule
 
 
 class Compiler:
@@ -81,9 +79,11 @@ class Compiler:
         self.example = [t.clone() for t in self.spec.narrow(tensors, 0, few)]
         self.heads: nn.ModuleList | None = None
         self._notes: list[str] = []
-        predictions = self._prepare(captured, tensors)
+        self._predictions = predictions = self._prepare(captured, tensors)
         self._check_targets(captured.graph)
-        cuts = self._choose(captured, predictions, tensors, blocks)
+        self._found = self._liveness(captured, predictions, tensors)
+        self._micro_batches = 1
+        cuts = self._choose(captured, tensors, blocks)
         nodes = captured.graph.compute_nodes()
         self._cut_after = [nodes[c].name for c in cuts]
         self.main = self._emit(captured, predictions, cuts)
@@ -113,6 +113,62 @@ class Compiler:
             found = self._recapture(tensors)
         self._variants[key] = found
         return found
+
+    def trained_by(self, local: bool) -> dict[int, list[tuple[str, Tensor]]]:
+        """Every parameter that trains, by the block after which it may be stepped: the last one that reads it.
+
+        Args:
+            local: in the local sweep, heads included; otherwise in the reverse sweep of the BP step.
+        """
+        stages = self.main.stages
+        heads = {f"heads.{n}": p for n, p in self.main.heads.named_parameters()}
+        block_of: dict[str, int] = {}
+        for stage in stages if local else reversed(stages):
+            if stage.vjp is not None or local:
+                block_of |= dict.fromkeys(stage.reads if local else stage.block.weights, stage.index)
+                last = stage.index
+            if local and isinstance(stage.local, programs.LocalGradient):
+                block_of |= {n: stage.index for n in stage.local.gradient_inputs()[0] if n in heads}
+        found: dict[int, list[tuple[str, Tensor]]] = {}
+        for name in self.weights.trainable():
+            # One that nothing reads has no gradient under plain BP either; some optimizer has it all the same.
+            found.setdefault(block_of.get(name, last), []).append((name, self.weights[name]))
+        for name, parameter in heads.items() if local else ():
+            found.setdefault(block_of[name], []).append((name, parameter))
+        return dict(sorted(found.items()))
+
+    @functools.cached_property
+    def reduction(self) -> Reduction:
+        """How the losses of micro-batches make up the loss of the batch."""
+        return find_reduction(self.main.captured, self.spec, self._predictions, self.example)
+
+    def check_reduction(self, told: str | None) -> None:
+        """Raise where micro-batches cannot be weighted.
+
+        Raises:
+            BpfxError: the loss of a batch is neither a mean nor a sum of its parts' losses, and ``told`` is ``None``.
+        """
+        if told is None and self.reduction.kind == "unknown":
+            raise BpfxError(
+                f"the loss of a batch does not follow from those of its micro-batches: {self.reduction.reason}; "
+                "use micro_batches=1, or reduction='mean' or 'sum' where you know that to be right"
+            )
+
+    def shares(self, pieces: Sequence[Sequence[Tensor]], told: str | None = None) -> list[float]:
+        """Share of each piece's loss in the loss of all pieces together.
+
+        Args:
+            told: ``"mean"`` or ``"sum"``, where the caller knows better.
+        """
+        if len(pieces) == 1:
+            return [1.0]
+        if told == "sum":
+            return [1.0] * len(pieces)
+        if told is None:
+            self.check_reduction(told)
+            return self.reduction.shares(pieces)
+        sizes = [self.spec.samples(p) for p in pieces]
+        return [n / sum(sizes) for n in sizes]
 
     def _serves(self, tensors: Sequence[Tensor]) -> bool:
         graph = self.main.captured.graph
@@ -158,56 +214,41 @@ class Compiler:
                     "the last element of the batch is what loss_fn(output, target) receives"
                 )
 
-    def _choose(
-        self, captured: Captured, predictions: list[fx.Node], tensors: Sequence[Tensor], blocks: partition.Blocks
-    ) -> list[int]:
+    def _choose(self, captured: Captured, tensors: Sequence[Tensor], blocks: partition.Blocks) -> list[int]:
+        found = self._found
+        if blocks != "auto":
+            return partition.choose(found, blocks)
+        if self.budget is not None:
+            chosen = within_budget(self, captured, tensors, found, self.budget)
+            self._micro_batches = chosen.micro_batches
+            return chosen.cuts
+        try:
+            limit = AUTO_SHARE * predict_bp(captured, tensors).peak_bytes
+        except LivenessError:
+            return partition.choose(found, "auto")
+
+        def peak(cuts: list[int]) -> float:
+            with self.emitted(captured, cuts) as variant:
+                return drop_in_peaks(self.weights, variant, tensors, ("local",))["local"]
+
+        return partition.choose(found, "auto", peak, limit)
+
+    def _liveness(self, captured: Captured, predictions: list[fx.Node], tensors: Sequence[Tensor]) -> Any:
         graph = captured.graph
         gm = fx.GraphModule(graph.root, graph.graph)
-        values = placeholder_values(graph, self.weights, tensors)
+        values = ordered(graph, {n: self.weights[n] for n in graph.weight_of.values()}, tensors)
         try:
             saved = node_saved_bytes(gm, values)
         except LivenessError as error:
             saved = {n: tensor_bytes(n.meta.get("val")) for n in graph.compute_nodes()}
             self._notes.append(f"blocks are balanced by output sizes only: {error}")
-        found = partition.Liveness(graph, self.weights, saved, predictions, captured.mutated_buffers)
-        if blocks != "auto":
-            return partition.choose(found, blocks)
-        if self.budget is not None:
-            return self._within_budget(captured, predictions, tensors, found, self.budget)
-        try:
-            limit = AUTO_SHARE * self._predict_bp(captured, tensors)
-        except LivenessError:
-            return partition.choose(found, "auto")
+        return partition.Liveness(graph, self.weights, saved, predictions, captured.mutated_buffers)
 
-        def peak(cuts: list[int]) -> float:
-            return self._predicted(captured, predictions, cuts, tensors, ("local",))["local"]
-
-        return partition.choose(found, "auto", peak, limit)
-
-    def _within_budget(
-        self,
-        captured: Captured,
-        predictions: list[fx.Node],
-        tensors: Sequence[Tensor],
-        found: partition.Liveness,
-        budget: int,
-    ) -> list[int]:
-        peaks: dict[int, float] = {}
-
-        def peak(cuts: list[int]) -> float:
-            # Every count is predicted exactly: the answer names the smallest peak that can be had.
-            peaks[len(cuts) + 1] = max(self._predicted(captured, predictions, cuts, tensors).values())
-            return peaks[len(cuts) + 1]
-
-        cuts = partition.choose(found, "auto", peak, budget, thorough=True)
-        if peaks.get(len(cuts) + 1, float("inf")) <= budget:
-            return cuts
-        count = min(peaks, key=peaks.__getitem__, default=0)
-        reached = f"; the smallest predicted peak is {format_bytes(peaks[count])}, with {count} blocks" if peaks else ""
-        raise BpfxError(
-            f"memory_budget={format_bytes(budget)} is out of reach at batch {self.spec.batch_size}{reached}; "
-            "use a smaller batch or a larger budget"
-        )
+    @contextmanager
+    def emitted(self, captured: Captured, cuts: list[int]) -> Iterator[Variant]:
+        """The steps over these cuts, which need not be the ones that are chosen."""
+        with normalise.undone(captured.graph):
+            yield self._emit(captured, self._predictions, cuts)
 
     def _emit(self, captured: Captured, predictions: list[fx.Node], cuts: list[int]) -> Variant:
         # The capture's own: literals in the model's code may depend on the shapes that were captured.
@@ -223,81 +264,25 @@ class Compiler:
                 built = heads.insert_heads(graph, weights, blocks, predictions, self.local_loss, self.horizon)
         mutated = captured.mutated_buffers
         losses = heads.attach_losses(graph, weights, blocks, built, predictions, mutated)
-        local = emit.emit_local_step(graph, weights, blocks, losses, self.horizon)
-        bp = emit.emit_bp_step(graph, weights, blocks)
+        stages = make_stages(graph, weights, blocks, losses, self.horizon)
+        local, bp = emit.emit_local_step(graph, stages), emit.emit_bp_step(graph, stages)
         check_isolation(local, blocks)
-        return Variant(captured, blocks, built, losses, local, bp)
+        return Variant(captured, blocks, stages, built, losses, local, bp)
 
     def _compile(self, variant: Variant) -> None:
         local = [p for p in variant.local_step.children() if isinstance(p, programs.LocalGradient)]
         joint.compile_local_gradients(local, self.backend)
         programs.compile_blocks(variant.blocks, variant.losses, self.backend)
 
-    # --- prediction ---------------------------------------------------------------------------------------------------
-
-    def _predict_bp(self, captured: Captured, tensors: Sequence[Tensor]) -> int:
-        gm = fx.GraphModule(captured.graph.root, captured.graph.graph)
-        trainable = self.weights.trainable()
-
-        def plain(weights: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
-            given = {n: weights[n] for n in captured.graph.weight_of.values()}
-            loss, *outputs = gm(*ordered(captured.graph, given, inputs))
-            return loss, outputs, torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
-
-        return predict_peak(plain, {n: self.weights[n] for n in self.weights.names()}, list(tensors)).peak_bytes
-
-    def _predicted(
-        self,
-        captured: Captured,
-        predictions: list[fx.Node],
-        cuts: list[int],
-        tensors: Sequence[Tensor],
-        kinds: Sequence[str] = ("local", "bp_blocks", "refresh"),
-    ) -> dict[str, int]:
-        """Peaks of our two steps over these cuts, which need not be the ones that are chosen."""
-        with normalise.undone(captured.graph):
-            return self._peaks(self._emit(captured, predictions, cuts), tensors, kinds)
-
-    def _tensors_of(self, variant: Variant) -> dict[str, Tensor]:
-        """Every weight, and every tensor of the heads, by name."""
-        named = {n: self.weights[n] for n in self.weights.names() if self.weights.canonical(n) == n}
-        for loss in variant.losses:
-            if loss is not None:
-                named.update((f"heads.{loss.block}.{n}", t) for n, t in loss.head.named_parameters())
-                named.update((f"heads.{loss.block}.{n}", t) for n, t in loss.head.named_buffers())
-        return named
-
-    def _peaks(
-        self, variant: Variant, tensors: Sequence[Tensor], kinds: Sequence[str] = ("local", "bp_blocks", "refresh")
-    ) -> dict[str, int]:
-        named = self._tensors_of(variant)
-
-        def run(step: Callable[..., Any]) -> int:
-            def fn(weights: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
-                with self.weights.override(weights):
-                    return step(*inputs)
-
-            return predict_peak(fn, named, list(tensors)).peak_bytes
-
-        def refresh(*inputs: Tensor) -> Any:
-            # As the runtime does it: the BP gradients wait while the local step runs.
-            grads = variant.bp_step(*inputs)[1]
-            return variant.local_step(*inputs), grads
-
-        steps: dict[str, Callable[..., Any]] = {
-            "local": variant.local_step,
-            "bp_blocks": variant.bp_step,
-            "refresh": refresh,
-        }
-        return {kind: run(steps[kind]) for kind in kinds}
+    # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:
         predicted: dict[str, int] = {}
         local_peaks: dict[int, int] = {}
         try:
-            predicted["bp"] = self._predict_bp(variant.captured, tensors)
-            predicted.update(self._peaks(variant, tensors))
-            local_peaks = self._block_peaks(variant)
+            predicted["bp"] = predict_bp(variant.captured, tensors).peak_bytes
+            predicted.update(drop_in_peaks(self.weights, variant, tensors, ("local", "bp_blocks", "refresh")))
+            local_peaks = block_peaks(self.weights, variant)
         except LivenessError as error:
             predicted = {}
             self._notes.append(f"no prediction: {error}")
@@ -324,30 +309,44 @@ class Compiler:
                     local_peak_bytes=local_peaks.get(block.index),
                 )
             )
-        return Plan(
-            rows, predicted, variant.captured.graph.log, variant.captured.unreached, self._notes, self.spec.batch_size
-        )
+        captured = variant.captured
+        plan = Plan(rows, predicted, captured.graph.log, captured.unreached, self._notes, self.spec.batch_size)
+        plan.micro_batches, plan.budget = self._micro_batches, self.budget
+        return plan
 
-    def _block_peaks(self, variant: Variant) -> dict[int, int]:
-        """Predicted peak of each block's local program alone, gradients included."""
-        named = self._tensors_of(variant)
-        peaks = {}
-        values = {n.name: n.meta["val"] for n in variant.captured.graph.graph.nodes if "val" in n.meta}
-        for name, program in variant.local_step.named_children():
-            if not isinstance(program, programs.LocalGradient):
-                continue
-            mode = next(v.fake_mode for v in values.values() if isinstance(v, torch._subclasses.FakeTensor))
-            fakes = {k: mode.from_tensor(t) for k, t in named.items()}
-            inputs = [
-                values[a].detach() if isinstance(values[a], Tensor) else values[a] for a in program.argument_names
-            ]
+    def groups(self, count: int) -> list[range]:
+        """Blocks that each of ``count`` micro-batches of the example passes in one go in the local step."""
+        variant = self.main
+        if count > 1:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                batch = [
+                    torch.empty(shape, dtype=t.dtype, device=t.device)
+                    for shape, t in zip(self.spec.shapes, self.example, strict=True)
+                ]
+                piece = max(self.spec.split(batch, count), key=self.spec.samples)
+            try:
+                return best_groups(costs_of(self.weights, variant, piece), count)
+            except LivenessError:
+                pass  # one block at a time is right, too
+        return singly(len(variant.stages))
 
-            def fn(weights: dict[str, Tensor], given: list[Any], program: Any = program) -> Any:
-                with self.weights.override(weights):
-                    return program(given)
+    def schedules(self, tensors: Sequence[Tensor], micro_batches: int, offset: Offset | None = None) -> list[Schedule]:
+        """Predictions of every way to take a step on a batch of these shapes.
 
-            peaks[int(name.split("_")[1])] = predict_peak(fn, fakes, inputs).peak_bytes
-        return peaks
+        Raises:
+            BpfxError: an operator cannot be predicted.
+        """
+        variant = self.variant(tensors)
+        pieces = self.spec.split(tensors, micro_batches)
+        stored = OffsetState(offset.dtype if offset is not None else None)
+        size = stored.bytes_for(self.weights[n] for b in variant.blocks[:-1] for n in b.trainable)
+        try:
+            with normalise.undone(variant.captured.graph):
+                found = self._found
+                table = Table(variant.captured, variant, found, size)
+                return schedules(table, tensors, max(pieces, key=self.spec.samples), len(pieces))
+        except LivenessError as error:
+            raise BpfxError(f"no prediction: {error}") from error
 
 
 def check_model(model: Any) -> None:
@@ -381,21 +380,6 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, bool) or match is None or match[2].lower() not in units or float(match[1]) <= 0:
         raise BpfxError(f"memory_budget={size!r}: pass bytes as a number, or a size such as '2GiB' or '500MB'")
     return int(float(match[1]) * units[match[2].lower()])
-
-
-def ordered(graph: ModelGraph, weights: dict[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Weights and inputs in the order of the graph's placeholders."""
-    queue = iter(inputs)
-    return [
-        weights[graph.weight_of[n]] if n in graph.weight_of else next(queue)
-        for n in graph.graph.nodes
-        if n.op == "placeholder"
-    ]
-
-
-def placeholder_values(graph: ModelGraph, weights: Weights, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """As :func:`ordered`, from the weight store."""
-    return ordered(graph, {n: weights[n] for n in graph.weight_of.values()}, tensors)
 
 
 def _crossings(nodes: Sequence[fx.Node], block: lower.Block) -> list[Crossing]:

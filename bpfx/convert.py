@@ -11,12 +11,14 @@ from bpfx.compiler import Compiler
 from bpfx.errors import BpfxError
 from bpfx.losses import LocalLoss
 from bpfx.offset import Offset
+from bpfx.passes.batch import as_call
 from bpfx.passes.partition import Blocks
 from bpfx.plan import Plan
 from bpfx.step import Step
 
 LossFn = Callable[..., Tensor]
 _DEFAULT_OFFSET = Offset()
+DEFAULT_MICRO_BATCHES = 4
 
 
 def convert(
@@ -43,7 +45,10 @@ def convert(
         blocks: ``"auto"`` (the fewest blocks whose local step stays below 24.5 % of plain BP's predicted peak, at most
             16), a count, a list of module names that each begin a new block, or a policy that chooses among
             :class:`bpfx.passes.partition.CutPoint`.
-        memory_budget: bytes or ``"2GiB"``: the fewest blocks whose steps' predicted peak fits. Excludes ``blocks``.
+        memory_budget: bytes or ``"2GiB"`` above the state (weights, optimizer state, offsets): the fewest blocks, and
+            for those the fewest micro-batches, with which both steps of :class:`bpfx.BlockTrainer` are predicted to
+            fit. The trainer takes the micro-batches from the plan; the drop-in loop runs whole batches, and warns
+            where it needs more than the budget. Excludes ``blocks``.
         local_loss: name or instance from :mod:`bpfx.losses`.
         horizon: how many blocks a local loss sees before its head; 1 is greedy, the number of blocks is BP.
         offset: :class:`bpfx.Offset`, by default ``Offset()``; ``None`` for plain local training.
@@ -77,8 +82,16 @@ def plan(
     memory_budget: int | str | None = None,
     local_loss: str | LocalLoss = "supervised",
     horizon: int = 1,
+    offset: Offset | None = _DEFAULT_OFFSET,
+    micro_batches: int | None = None,
 ) -> Plan:
     """What :func:`convert` would do and cost, as a printable table; nothing is trained. Arguments as there.
+
+    Beside our steps stand the recipes that a user would otherwise run: BP, activation checkpointing (in the segments
+    that are estimated to need the least), with the optimizer in the backward pass, and with micro-batches.
+
+    Args:
+        micro_batches: for the rows with micro-batches; ``None`` for what a budget chose, otherwise 4.
 
     Example:
         >>> import torch, bpfx
@@ -87,4 +100,12 @@ def plan(
         >>> len(bpfx.plan(net, torch.nn.functional.cross_entropy, pair, blocks=2).blocks)
         2
     """
-    return Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon).plan
+    compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon)
+    made, tensors = compiler.plan, compiler.spec.flatten(*as_call(batch))
+    # Without a budget, what a user would try first.
+    count = micro_batches or (made.micro_batches if memory_budget is not None else DEFAULT_MICRO_BATCHES)
+    try:
+        made.schedules = compiler.schedules(tensors, count, offset)
+    except BpfxError as error:
+        made.notes.append(str(error))
+    return made

@@ -80,12 +80,12 @@ class Head(nn.Module):
     Attributes:
         inputs: indices of the user inputs it reads beside the features.
         description: one short line for the plan.
-        borrows: whether it reads weights of the model (without a gradient).
+        borrows: names of the weights of the model that it reads, without a gradient.
     """
 
     inputs: tuple[int, ...] = ()
     description: str = ""
-    borrows: bool = False
+    borrows: tuple[str, ...] = ()
 
 
 class TailHead(Head):
@@ -112,20 +112,22 @@ class TailHead(Head):
         self.inputs = tuple(inputs)
         self._order: list[tuple[str, bool]] = []
         self.__dict__["_borrow"] = borrow
-        borrowed = 0
+        borrowed: list[str] = []
         for name, tensor, copied in weights:
             key = name.replace(".", "_")
             if not copied:
                 self._order.append((name, False))
-                borrowed += 1
+                borrowed.append(name)
                 continue
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(key, nn.Parameter(tensor.detach().clone()))
             else:
                 self.register_buffer(key, tensor.detach().clone())
             self._order.append((key, True))
-        self.borrows = borrowed > 0
-        self.description = "copy of the model's last layers" + (f", {borrowed} weights borrowed" if borrowed else "")
+        self.borrows = tuple(borrowed)
+        self.description = "copy of the model's last layers" + (
+            f", {len(borrowed)} weights borrowed" if borrowed else ""
+        )
 
     def forward(self, *values: Tensor) -> Tensor:
         weights = [getattr(self, key) if own else self._borrow(key).detach() for key, own in self._order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
@@ -54,6 +55,38 @@ class BlockPlan:
 
 
 @dataclasses.dataclass
+class Schedule:
+    """One way to take a training step, and what it is predicted to need.
+
+    Attributes:
+        name: ``"bp"``, ``"ac"`` (activation checkpointing), ``"ac_oib"`` (with the optimizer in the backward pass),
+            ``"ac_micro"`` (with micro-batches), ``"local"`` (the drop-in loop), ``"local_serial"``,
+            ``"refresh_serial"``, ``"bp_serial"`` (:class:`bpfx.BlockTrainer`).
+        words: the same for readers.
+        micro_batches: pieces of the batch.
+        exact: whether its gradient is that of BP.
+        peak_bytes: highest bytes above ``state``.
+        categories: those bytes by what they hold: ``gradients``, ``boundaries``, ``activations``, ``heads`` (their
+            gradients), ``optimizer`` and ``offsets`` (temporaries of a step, of a refresh). Empty where only the sum
+            is predicted.
+        flops: floating-point operations of matrix products, convolutions and attention, a multiply-add as two.
+        state: bytes that live between steps: ``parameters`` (and buffers), ``optimizer state`` (as AdamW's: two numbers
+            a parameter), ``offsets``, ``heads`` (with their optimizer state).
+        set_by: which block and program set the peak, for schedules of ours.
+    """
+
+    name: str
+    words: str
+    micro_batches: int
+    exact: bool
+    peak_bytes: int
+    categories: dict[str, int]
+    flops: int
+    state: dict[str, int]
+    set_by: str = ""
+
+
+@dataclasses.dataclass
 class Plan:
     """What ``bpfx.plan`` and ``step.plan`` return; ``print(plan)`` shows it as a table.
 
@@ -67,6 +100,10 @@ class Plan:
         unreached: trainable parameters that even plain BP gives no gradient.
         notes: anything else a reader should know.
         batch_size: samples in the example batch.
+        micro_batches: what :class:`bpfx.BlockTrainer` splits a batch into by default.
+        budget: the memory budget in bytes that the blocks were chosen for, if there was one.
+        schedules: what every way to take a step is predicted to need, plain BP and checkpointing among them; only
+            ``bpfx.plan`` fills it, ``BlockTrainer.predict`` gives it for a step.
     """
 
     blocks: list[BlockPlan]
@@ -75,6 +112,9 @@ class Plan:
     unreached: list[str]
     notes: list[str]
     batch_size: int
+    micro_batches: int = 1
+    budget: int | None = None
+    schedules: list[Schedule] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [("block", "modules", "parameters", "reads", "passes on", "head", "local peak")]
@@ -90,12 +130,12 @@ class Plan:
                     format_bytes(b.local_peak_bytes) if b.local_peak_bytes is not None else "?",
                 )
             )
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines.insert(1, "  ".join("-" * w for w in widths))
+        lines = _columns(rows)
         lines.append("")
         words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block", "refresh": "refresh"}
-        if self.predicted:
+        if self.schedules:
+            lines += _schedule_table(self.schedules, self.batch_size)
+        elif self.predicted:
             base = self.predicted.get("bp", 0)
             lines.append(f"predicted peak at batch {self.batch_size}, parameters excluded:")
             for kind, peak in self.predicted.items():
@@ -110,6 +150,32 @@ class Plan:
         if self.unreached:
             lines.append(f"no gradient even under plain BP: {', '.join(self.unreached)}")
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+
+_PARTS = ("gradients", "boundaries", "activations", "heads")
+
+
+def _schedule_table(schedules: list[Schedule], batch: int) -> list[str]:
+    base = schedules[0]
+    rows: list[tuple[str, ...]] = [
+        ("one training step", "pieces", "peak", "of BP", *_PARTS, "+ state", "FLOPs of BP", "gradient")
+    ]
+    for s in schedules:
+        share = f"{s.peak_bytes / base.peak_bytes:.0%}" if base.peak_bytes else "?"
+        work = f"{s.flops / base.flops:.2f}" if base.flops else "?"
+        parts = [format_bytes(s.categories.get(p, 0)) if s.categories else "?" for p in _PARTS]
+        kind = "BP's" if s.exact else "both" if s.name.startswith("refresh") else "local"
+        state = format_bytes(sum(s.state.values()))
+        rows.append((s.words, str(s.micro_batches), format_bytes(s.peak_bytes), share, *parts, state, work, kind))
+    table = _columns(rows)
+    return [f"predicted at batch {batch}; the peak is above the state (weights, AdamW, offsets, heads):", *table]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return lines
 
 
 def _crossings(values: list[Crossing]) -> str:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from bpfx.compiler import Compiler, Variant
+from bpfx._gradients import Grads, merged
+from bpfx._offset_state import OffsetState
+from bpfx._refresh import RefreshSum, refresh_piece, restore_statistics, running_statistics
+from bpfx._serial import Piece
+from bpfx._shelf import Parked
+from bpfx._variant import Variant
+from bpfx.compiler import Compiler
 from bpfx.errors import BpfxError, BpfxWarning
-from bpfx.offset import Grads, Offset, RefreshData, RefreshSum
+from bpfx.memory import format_bytes
+from bpfx.offset import Offset, RefreshData
 from bpfx.passes.batch import as_call, call_model, loss_of
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Plan
@@ -63,7 +71,7 @@ class Step(nn.Module):
         plan: what the compiler decided.
         local_step, bp_step: the two emitted graph modules; ``print(step.local_step.code)`` shows them.
         diagnostics: what the refreshes measured.
-        offset_state: Δ by parameter name.
+        offset_state: Δ by parameter name, as the optimizer's parameters are: decoded, and on their device.
         iteration: calls so far.
     """
 
@@ -82,7 +90,7 @@ class Step(nn.Module):
         self.plan: Plan = compiler.plan
         self.offset = offset
         self.diagnostics = Diagnostics()
-        self.offset_state: Grads = {}
+        self.offset_state = OffsetState(offset.dtype, offset.device) if offset is not None else OffsetState()
         self.iteration = 0
         self._lam: dict[int, float] = {}
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
@@ -107,10 +115,11 @@ class Step(nn.Module):
             loss, output = call_model(self.model, compiler.loss_fn, args, kwargs)
             return loss if compiler.loss_fn is not None else output
         tensors = compiler.spec.flatten(args, kwargs)
-        self._check()
+        self._check_trainable()
+        self._check_heads()
+        self._check_budget()
         variant = compiler.variant(tensors)
-        refresh = self.offset is not None and self.iteration % self.offset.period == 0
-        local = self._refresh(variant, tensors) if refresh else self._run_local(variant, tensors)
+        local = self._refresh(variant, tensors) if self._due() else self._run_local(variant, tensors)
         grads = self._corrected(local.grads)
         self.iteration += 1
         return self._deliver(local, grads)
@@ -129,11 +138,11 @@ class Step(nn.Module):
 
     def _run_local(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         loss, local_losses, grads, outputs = variant.local_step(*tensors)
-        return StepResult(loss, _merged(grads), list(local_losses), self._output(variant, loss, outputs))
+        return StepResult(loss, merged(grads), list(local_losses), self._output(variant, loss, outputs))
 
     def _run_bp(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         loss, grads, outputs = variant.bp_step(*tensors)
-        return StepResult(loss, _merged(grads), [], self._output(variant, loss, outputs))
+        return StepResult(loss, merged(grads), [], self._output(variant, loss, outputs))
 
     def _output(self, variant: Variant, loss: Tensor, leaves: Sequence[Any]) -> Any:
         captured = variant.captured
@@ -144,64 +153,110 @@ class Step(nn.Module):
             [constants[i] if i in constants else next(queue) for i in range(total)], captured.output_spec
         )
 
-    def _corrected(self, local: Grads) -> Grads:
-        """g̃ = α · g_local + λ · Δ; heads keep their own gradient."""
+    def _corrected(self, local: Grads, names: Sequence[str] | None = None) -> Grads:
+        """g̃ = α · g_local + λ · Δ, in place; heads keep their own gradient.
+
+        Args:
+            local: gradients by name.
+            names: the parameters it is about (those of one block); ``None`` for all.
+        """
         if self.offset is None:
             return local
         alpha = self.offset.scale_of("alpha", self.iteration)
         lam = None if self.offset.lam == "auto" else self.offset.scale_of("lam", self.iteration)
-        for name, delta in self.offset_state.items():
-            scale = self._lam.get(self._block_of[name], 0.0) if lam is None else lam
-            grad = local.get(name)
-            if grad is None:
-                if scale:
-                    local[name] = delta * scale
-                continue
-            if alpha != 1.0:
-                grad.mul_(alpha)
-            grad.add_(delta, alpha=scale)
         if alpha != 1.0:
             for name, grad in local.items():
-                if name not in self.offset_state and not name.startswith("heads."):
+                if not name.startswith("heads."):
                     grad.mul_(alpha)
+        for name in self.offset_state if names is None else names:
+            if name not in self.offset_state:
+                continue
+            scale = self._lam.get(self._block_of[name], 0.0) if lam is None else lam
+            if name in local:
+                local[name].add_(self.offset_state[name], alpha=scale)
+            elif scale:
+                local[name] = self.offset_state[name] * scale
         return local
 
     # --- the refresh --------------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Whether the schedule asks for a refresh now."""
+        return self.offset is not None and self.iteration % self.offset.period == 0
 
     def _refresh(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         """Measure Δ; return the local gradient of the current batch."""
         assert self.offset is not None
         samples = self._compiler.spec.samples(tensors)
-        wanted = self.offset.batch or samples
-        buffers = self._running()
-        start = get_rng_state()
-        total = RefreshSum(self._block_of)
-        local: StepResult | None = None
-        if wanted == samples and self.offset.micro_batches == 1:
-            bp = self._run_bp(variant, tensors)
-            set_rng_state(start)
-            self._restore(buffers)
-            local = self._run_local(variant, tensors)
-            total.add(bp.grads, local.grads, 1.0)
-        else:
-            pieces = self._pieces(tensors, samples, wanted)
-            count = sum(n for _, n in pieces)
-            for piece, n in pieces:
-                part = self._compiler.variant(piece)
-                here = get_rng_state()
-                bp = self._run_bp(part, piece)
-                set_rng_state(here)
-                total.add(bp.grads, self._run_local(part, piece).grads, n / count)
-            # The refresh is invisible to the training step: same draws, same running statistics.
-            self._restore(buffers)
-            set_rng_state(start)
-            local = self._run_local(variant, tensors)
-        self._store(total)
-        return local
+        if self.offset.batch in (None, samples) and self.offset.micro_batches == 1:
+            # The local gradients that Δ is made of are those of the training step.
+            parts: list[Grads] = []
+            wanted = [o for o in variant.captured.graph.outputs if isinstance(o, fx.Node)]
+            piece = Piece.of(variant, tensors)
+            with self._measuring() as total:
+                losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
+            assert piece.loss is not None
+            values = {n.name: _plain(piece.values[n.name]) for n in wanted if n is not variant.captured.graph.loss}
+            values[variant.captured.graph.loss.name] = piece.loss
+            outputs = [values[o.name] if isinstance(o, fx.Node) else o for o in variant.captured.graph.outputs]
+            return StepResult(piece.loss, merged(parts), losses, self._output(variant, piece.loss, outputs))
+        self._measure(tensors)
+        return self._run_local(variant, tensors)
 
-    def _pieces(self, tensors: Sequence[Tensor], samples: int, wanted: int) -> list[tuple[list[Tensor], int]]:
+    def _measure(
+        self,
+        tensors: Sequence[Tensor],
+        size: int | None = None,
+        home: torch.device | None = None,
+        use: Callable[[Iterable[str], Iterable[str]], None] | None = None,
+        told: str | None = None,
+    ) -> None:
+        """A refresh that the training step does not see: same draws, same running statistics afterwards.
+
+        Args:
+            tensors: the current batch.
+            size: samples in a piece at most, ``None`` for the offset's own division.
+            home: where boundaries wait.
+            use: see :class:`bpfx._serial.Piece`.
+            told: whether the loss is a mean or a sum, where the caller knows better.
+        """
+        weights, start = self._compiler.weights, get_rng_state()
+        saved = running_statistics(weights, self._compiler.main.captured.mutated_buffers, self.heads)
+        pieces = self._pieces(tensors, size)
+        try:
+            with self._measuring() as total:
+                for inputs, share in zip(pieces, self._refresh_shares(pieces, tensors, told), strict=True):
+                    if share:
+                        piece = Piece.of(self._compiler.variant(inputs), inputs, 1.0, home, use)
+                        refresh_piece(piece, total, share, None)
+        finally:
+            restore_statistics(weights, self.heads, saved)
+            set_rng_state(start)
+
+    def _refresh_shares(
+        self, pieces: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor], told: str | None
+    ) -> list[float]:
+        compiler = self._compiler
+        samples, wanted = compiler.spec.samples(tensors), sum(compiler.spec.samples(p) for p in pieces)
+        if len(pieces) == 1 and wanted == samples:
+            return [1.0]
+        kind = told or compiler.reduction.kind
+        if kind == "unknown":
+            warnings.warn(
+                f"the micro-batches of a refresh are weighted by their samples: {compiler.reduction.reason}",
+                BpfxWarning,
+                stacklevel=6,
+            )
+            told = "mean"
+        shares = compiler.shares(pieces, told)
+        # A sum over B′ samples, scaled to the samples that the local gradient sums over.
+        return [share * samples / wanted for share in shares] if kind == "sum" else shares
+
+    def _pieces(self, tensors: Sequence[Tensor], size: int | None = None) -> list[list[Tensor]]:
         spec, offset = self._compiler.spec, self.offset
         assert offset is not None
+        samples = spec.samples(tensors)
+        wanted = offset.batch or samples
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:
@@ -216,46 +271,41 @@ class Step(nn.Module):
                 sources.append((drawn, take))
                 have += take
         pieces = []
-        per = max(1, -(-wanted // offset.micro_batches))
+        per = max(1, min(-(-wanted // offset.micro_batches), size or wanted))
         for drawn, take in sources:
-            for begin in range(0, take, per):
-                length = min(per, take - begin)
-                pieces.append((spec.narrow(drawn, begin, length), length))
+            pieces += spec.split(spec.narrow(drawn, 0, take), -(-take // per))
         return pieces
 
-    def _store(self, total: RefreshSum) -> None:
-        assert self.offset is not None
+    @contextmanager
+    def _measuring(self) -> Iterator[RefreshSum]:
+        """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
+        had = len(self.offset_state) > 0
+        total = RefreshSum(self.offset_state, self._block_of)
+        try:
+            yield total
+        except BaseException:
+            # Half of the blocks may have their new offset. The next call refreshes again, since this one did not count.
+            if total.seen:
+                self.offset_state.keep(lambda name: False)
+            raise
+        statistics = total.finish()
         if total.bad:
-            kept = "the old offset is kept" if self.offset_state else "no offset is stored"
+            kept = "the old offset is kept there" if had else "no offset is stored there"
             warnings.warn(
                 f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {total.bad[0]!r}); "
                 f"{kept}",
                 BpfxWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
+        if not statistics and total.bad:
             return
-        self.offset_state, statistics = total.finish(self.offset_state)
+        assert self.offset is not None
         if self.offset.lam == "auto":
-            self._lam = {k: min(max(1.0 - (s["spread"] or 0.0), 0.0), 1.0) for k, s in statistics.items()}
+            self._lam |= {k: min(max(1.0 - (s["spread"] or 0.0), 0.0), 1.0) for k, s in statistics.items()}
         blocks = [{"block": k, **s, "lam": self._lam.get(k)} for k, s in statistics.items()]
-        # The last block's gradients are equal by construction; they would only flatter the mean.
-        cosines = {k: s["cosine"] for k, s in statistics.items() if k < len(self.plan.blocks) - 1}
-        inner = [c for c in cosines.values() if c is not None]
+        inner = [s["cosine"] for s in statistics.values() if s["cosine"] is not None]
         mean = sum(inner) / len(inner) if inner else 1.0
         self.diagnostics.refreshes.append({"iteration": self.iteration, "blocks": blocks, "cosine": mean})
-
-    def _running(self) -> dict[str, Tensor]:
-        weights = self._compiler.weights
-        own = {n: weights[n].clone() for n in self._compiler.main.captured.mutated_buffers}
-        return own | {f"heads.{n}": b.clone() for n, b in self.heads.named_buffers()}
-
-    def _restore(self, buffers: dict[str, Tensor]) -> None:
-        weights = self._compiler.weights
-        heads = dict(self.heads.named_buffers())
-        with torch.no_grad():
-            for name, value in buffers.items():
-                target = heads[name.removeprefix("heads.")] if name.startswith("heads.") else weights[name]
-                target.copy_(value)
 
     # --- delivery -----------------------------------------------------------------------------------------------------
 
@@ -269,7 +319,7 @@ class Step(nn.Module):
             return loss
         return _with_loss(local.outputs, loss)
 
-    def _check(self) -> None:
+    def _check_trainable(self) -> None:
         now = self._compiler.weights.trainable()
         if now != self._trainable:
             changed = sorted(set(now) ^ set(self._trainable))
@@ -277,6 +327,20 @@ class Step(nn.Module):
                 f"requires_grad of {changed[0]!r}{f' and {len(changed) - 1} more' * (len(changed) > 1)} was changed "
                 "after the conversion; call bpfx.convert again"
             )
+
+    def _check_budget(self) -> None:
+        budget, predicted = self.plan.budget, self.plan.predicted
+        kinds = ("local",) if self.offset is None else ("local", "refresh")
+        need = max((predicted.get(kind, 0) for kind in kinds), default=0)
+        if self.iteration == 0 and budget is not None and need > budget:
+            warnings.warn(
+                f"the memory budget of {format_bytes(budget)} holds for bpfx.BlockTrainer with "
+                f"{self.plan.micro_batches} micro-batches; this loop is predicted to need {format_bytes(need)}",
+                BpfxWarning,
+                stacklevel=3,
+            )
+
+    def _check_heads(self) -> None:
         # Forgetting the heads is easy (an optimizer over model.parameters()) and silent: their weights never move.
         versions = [p._version for p in self.heads.parameters()]
         if self.iteration == 2 and versions and versions == self._head_versions:
@@ -298,7 +362,7 @@ class Step(nn.Module):
         """Offsets and the position in the schedule; part of ``state_dict()``."""
         return {
             "iteration": self.iteration,
-            "offset": dict(self.offset_state),
+            "offset": self.offset_state.state(),
             "lam": dict(self._lam),
             "blocks": [b.name for b in self.plan.blocks],
             "refreshes": list(self.diagnostics.refreshes),
@@ -313,7 +377,7 @@ class Step(nn.Module):
         self._check_blocks(state)
         weights = self._compiler.weights
         self.iteration = int(state["iteration"])
-        self.offset_state = {n: d.to(weights[n].device, copy=True) for n, d in state["offset"].items()}
+        self.offset_state.load(state["offset"], lambda name: weights[name].device)
         self._lam = dict(state["lam"])
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
@@ -360,21 +424,8 @@ class _Deliver(torch.autograd.Function):
         return None, None, *(grads.pop(0).mul_(scale) for _ in range(len(grads)))
 
 
-def _merged(parts: Sequence[Grads]) -> Grads:
-    """Gradients of all blocks, each in memory of its own; a parameter that two blocks share gets the sum."""
-    merged: Grads = {}
-    seen: set[int] = set()
-    for part in parts:
-        for name, grad in part.items():
-            if name in merged:
-                merged[name] = merged[name] + grad
-                continue
-            # Autograd may hand out one tensor twice (w1 + w2) or an expanded view (w.sum()); Δ is added in place.
-            if grad.data_ptr() in seen or 0 in grad.stride():
-                grad = grad.clone(memory_format=torch.contiguous_format)
-            seen.add(grad.data_ptr())
-            merged[name] = grad
-    return merged
+def _plain(value: Any) -> Any:
+    return value.fetch() if isinstance(value, Parked) else value
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:

@@ -136,6 +136,13 @@ class BatchSpec:
             for t, per_sample in zip(tensors, self.per_sample, strict=True)
         ]
 
+    def split(self, tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
+        """At most ``count`` pieces, one sample each at least, their sizes as equal as can be."""
+        samples = self.samples(tensors)
+        count = min(count, samples)
+        starts = [samples * i // count for i in range(count + 1)]
+        return [self.narrow(tensors, a, b - a) for a, b in zip(starts, starts[1:], strict=False)]
+
     def samples(self, tensors: Sequence[Tensor]) -> int:
         """Samples in these inputs."""
         return next(t.shape[0] for t, per in zip(tensors, self.per_sample, strict=True) if per)

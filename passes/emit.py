@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import fx, nn
 
-from bpfx.passes.graph import ModelGraph, Weights
-from bpfx.passes.heads import head_features
+from bpfx.passes.graph import ModelGraph
 from bpfx.passes.lower import Block
-from bpfx.passes.programs import BoundaryLoss, Forward, ForwardOnce, LocalGradient, LossGradient, VectorJacobian
+from bpfx.passes.programs import ForwardOnce, LossGradient, VectorJacobian
 from bpfx.passes.rng import get_rng_state, set_rng_state
+from bpfx.passes.stages import Stage
 from bpfx.passes.stop_gradient import accumulate, hand_over, stop_gradient
 
 
@@ -61,69 +61,44 @@ class _Writer:
         return fx.GraphModule(self.root, self.graph, class_name=name)
 
 
-def emit_local_step(
-    graph: ModelGraph,
-    weights: Weights,
-    blocks: Sequence[Block],
-    losses: Sequence[BoundaryLoss | None],
-    horizon: int,
-) -> fx.GraphModule:
+def emit_local_step(graph: ModelGraph, stages: Sequence[Stage]) -> fx.GraphModule:
     """The local step: ``(*inputs) -> (loss, local losses, gradients per block, outputs)``."""
     writer = _Writer(graph)
-    user_inputs = [n for n in graph.inputs if n is not None]
     local_losses, grads = [], []
-    for block in blocks:
-        if not block.trainable:
-            call = writer.call(
-                f"block_{block.index}_forward",
-                ForwardOnce(block, weights),
-                [writer.values[n] for n in block.inputs],
-            )
+    for stage in stages:
+        block, k = stage.block, stage.index
+        values = [writer.values[n] for n in stage.arguments]
+        if isinstance(stage.local, ForwardOnce):
+            call = writer.call(f"block_{k}_forward", stage.local, values)
             writer.outputs(call, block, cut=True)
-            if block is blocks[-1]:
+            if stage is stages[-1]:
                 local_losses.append(writer.values[block.outputs[0]])
             continue
-        window = list(blocks[block.index : block.index + horizon])
-        last = window[-1]
-        local_loss = losses[last.index]
-        made = {n for b in window for n in b.outputs}
-        arguments = dict.fromkeys(n for b in window for n in b.inputs if n not in made)
-        if local_loss is not None:
-            needed = {*local_loss.head_inputs, *local_loss.loss_inputs}
-            arguments.update(dict.fromkeys(n for i, n in enumerate(user_inputs) if i in needed))
-        program = LocalGradient(
-            window,
-            [n.name for n in arguments],
-            weights,
-            local_loss,
-            [n.name for n in head_features(last)] if local_loss is not None else [],
-            [n.name for n in user_inputs],
-        )
-        given = writer.graph.call_function(hand_over, tuple(writer.values[n] for n in arguments))
-        given._rename(f"values_{block.index}")
-        call = writer.call(f"block_{block.index}_local", program, [given])
+        given = writer.graph.call_function(hand_over, tuple(values))
+        given._rename(f"values_{k}")
+        call = writer.call(f"block_{k}_local", stage.local, [given])
         writer.outputs(call, block, cut=True)
-        local_losses.append(writer.item(call, len(block.outputs), f"loss_{block.index}"))
-        grads.append(writer.item(call, len(block.outputs) + 1, f"grads_{block.index}"))
+        local_losses.append(writer.item(call, len(block.outputs), f"loss_{k}"))
+        grads.append(writer.item(call, len(block.outputs) + 1, f"grads_{k}"))
     writer.values[graph.loss] = local_losses[-1]  # a model that returns its loss returns it as an output, too
     return writer.module((local_losses[-1], tuple(local_losses), tuple(grads), writer.results()), "LocalStep")
 
 
-def emit_bp_step(graph: ModelGraph, weights: Weights, blocks: Sequence[Block]) -> fx.GraphModule:
+def emit_bp_step(graph: ModelGraph, stages: Sequence[Stage]) -> fx.GraphModule:
     """The BP step: ``(*inputs) -> (loss, gradients per block, outputs)``, recomputing block by block."""
     writer = _Writer(graph)
     g = writer.graph
     states: dict[int, fx.Node] = {}
-    needed = [b for b in blocks[:-1] if b.trainable or any(n.name in b.differentiable for n in b.inputs)]
-    for block in blocks[:-1]:
-        if block.random and block in needed:
+    for stage in stages[:-1]:
+        block = stage.block
+        if block.random and stage.vjp is not None:
             states[block.index] = g.call_function(get_rng_state)
             states[block.index]._rename(f"rng_{block.index}")
-        program = Forward(block, weights) if block in needed else ForwardOnce(block, weights)
-        call = writer.call(f"block_{block.index}_forward", program, [writer.values[n] for n in block.inputs])
+        assert stage.forward is not None
+        call = writer.call(f"block_{block.index}_forward", stage.forward, [writer.values[n] for n in block.inputs])
         writer.outputs(call, block, cut=False)
-    last = blocks[-1]
-    head = LossGradient(last, weights)
+    last, head = stages[-1].block, stages[-1].vjp
+    assert isinstance(head, LossGradient)
     call = writer.call(f"block_{last.index}_backward", head, [writer.values[n] for n in last.inputs])
     for i, n in enumerate(last.outputs):
         writer.values[n] = writer.item(call, i, n.name)
@@ -133,8 +108,10 @@ def emit_bp_step(graph: ModelGraph, weights: Weights, blocks: Sequence[Block]) -
     if states:
         final = g.call_function(get_rng_state)
         final._rename("rng_after")
-    for block in reversed(needed):
-        vjp = VectorJacobian(block, weights)
+    for stage in reversed(stages[:-1]):
+        block, vjp = stage.block, stage.vjp
+        if not isinstance(vjp, VectorJacobian):
+            continue
         given = [block.outputs[i] for i in vjp.given]
         call = writer.call(
             f"block_{block.index}_vjp",

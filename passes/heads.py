@@ -142,7 +142,7 @@ def _head(
     if len(nodes) == 1:
         found = tail.find_tail(graph, weights, nodes[0], predictions)
         if found is not None:
-            own = sum(tensor_bytes(weights[n]) for n in (*first.weights, *block.weights))
+            own = sum(tensor_bytes(weights[n]) for n in {*first.weights, *block.weights})
             rows = []
             for name in found.weights:
                 tensor = weights[name]

@@ -48,7 +48,11 @@ class JointGradient:
         values.clear()
         with torch.no_grad():
             outputs, loss, found = self.run(*arguments)
-        grads = {n: g for n, g in zip(self.gradient_names, found, strict=True) if g is not None}
+        grads: dict[str, Tensor] = {}
+        for name, grad in zip(self.gradient_names, found, strict=True):
+            if grad is not None:
+                # A compiled program may return one tensor twice; gradients are changed in place later.
+                grads[name] = grad.clone() if any(grad is other for other in grads.values()) else grad
         return (*outputs, loss, grads)
 
     def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,6 +10,7 @@ import random
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from bpfx.passes import workspace as _workspace
 
@@ -45,11 +47,16 @@ class Prediction:
             first with the workspace and the second without.
         at_peak: the largest buffers alive at the peak, largest first; an operator's workspace shows as
             ``"convolution (workspace)"``.
+        categories: bytes alive at the peak by what :func:`mark` called them; ``"activations"`` for the rest.
+        flops: floating-point operations of matrix products, convolutions and attention, a multiply-add as two, as
+            ``torch.utils.flop_counter`` counts them.
     """
 
     peak_bytes: int
     timeline: list[tuple[str, int]]
     at_peak: list[LiveTensor]
+    categories: dict[str, int]
+    flops: int
 
 
 def predict_peak(fn: Callable[..., Any], *args: Any, workspace: bool = True, largest: int = 10) -> Prediction:
@@ -90,7 +97,7 @@ def _track(
     tracker = _Tracker(workspace)
     tracker.ignore(args)
     try:
-        with mode or nullcontext(), tracker:
+        with mode or nullcontext(), tracker, tracker.listening():
             result = fn(*args)  # kept until the prediction is made: what is returned counts
         prediction = tracker.prediction(largest)
         del result
@@ -139,8 +146,26 @@ class _Tracker(TorchDispatchMode):
         self._peak_extra = LiveTensor("", (), 0)
         self._events: list[tuple[int, LiveTensor | None]] = []  # (serial, made) or (serial, None: released)
         self._timeline: list[tuple[str, int]] = []
+        self._serials: dict[int, int] = {}  # by the storage's address
+        self._marks: dict[int, str] = {}
+        self._flops = 0
         self._serial = 0
         self._open = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take what :func:`mark` says meanwhile."""
+        token = _listener.set(self)
+        try:
+            yield
+        finally:
+            _listener.reset(token)
+
+    def mark(self, category: str, values: Any) -> None:
+        for storage in _storages(values):
+            serial = self._serials.get(storage._cdata)
+            if serial is not None and storage._cdata in self._known:
+                self._marks[serial] = category
 
     def ignore(self, args: Any) -> None:
         """Storages that exist already are not counted, nor are the gradients of the tensors that own them."""
@@ -153,6 +178,9 @@ class _Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self._flops += int(count(*args, **(kwargs or {}), out_val=result))
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not tensors or any(given.alias_info is not None for given in func._schema.returns):
             return result  # views and in-place operators make no memory
@@ -177,6 +205,7 @@ class _Tracker(TorchDispatchMode):
         if tensor.device.type == "cuda":
             size = -(-size // 512) * 512  # the caching allocator's granule
         serial = self._serial = self._serial + 1
+        self._serials[key] = serial
         if size:
             self._live += size
             self._events.append((serial, LiveTensor(op or "", tuple(tensor.shape), size)))
@@ -207,11 +236,35 @@ class _Tracker(TorchDispatchMode):
                 alive[serial] = made
         entries = [*alive.values(), *([self._peak_extra] if self._peak_extra.bytes else [])]
         entries.sort(key=lambda entry: -entry.bytes)
-        return Prediction(self._peak, [*self._timeline, ("end", self._live)], entries[:largest])
+        categories: dict[str, int] = {}
+        for serial, made in [*alive.items(), *([(0, self._peak_extra)] if self._peak_extra.bytes else [])]:
+            category = self._marks.get(serial, "activations")
+            categories[category] = categories.get(category, 0) + made.bytes
+        timeline = [*self._timeline, ("end", self._live)]
+        return Prediction(self._peak, timeline, entries[:largest], categories, self._flops)
 
     def close(self) -> None:
         self._open = False
         self._known.clear()
+
+
+_listener: ContextVar[_Tracker | None] = ContextVar("bpfx_liveness_tracker", default=None)
+
+
+def mark(category: str, values: Any) -> None:
+    """Say what these tensors are, inside a function whose peak is predicted; does nothing anywhere else.
+
+    >>> import torch
+    >>> def fn(x):
+    ...     y = x.exp()
+    ...     mark("boundaries", y)
+    ...     return y.sum()
+    >>> predict_peak(fn, torch.ones(1024)).categories["boundaries"]
+    4096
+    """
+    tracker = _listener.get()
+    if tracker is not None:
+        tracker.mark(category, values)
 
 
 # --- per node -------------------------------------------------------------------------------------------------------

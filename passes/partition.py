@@ -2,14 +2,16 @@
 
 Cuts are positions in execution order. A position is *natural* where what crosses is finished (no activation,
 normalisation or residual sum is its only reader), has one entry per sample, and no innermost module is cut in two.
-Among the natural positions a dynamic program picks those that make the largest block's memory smallest, and of equally
-good ones those where the fewest bytes cross.
+Among the natural positions a dynamic program picks those that make the largest block's memory smallest, its head
+included, and of equally good ones those where the fewest bytes cross, which are what the BP step stores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,9 +20,17 @@ from torch import Tensor, fx
 from bpfx.errors import BpfxError, suggest
 from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_paths, tensor_bytes
 from bpfx.passes.normalise import barred_cuts
+from bpfx.passes.tail import last_linear
 
-MAX_CANDIDATES = 160
+# A dozen per layer of an 80-layer transformer. The program's time grows with the square, so beyond that it is thinned.
+MAX_CANDIDATES = 1000
 MAX_AUTO = 16
+# Cuts whose largest block is this much above the smallest possible count as equally good.
+SLACK = 1.05
+# A head's logits, their log-softmax and their gradient are alive together.
+HEAD_VALUES = 3
+# As in the heads pass: a matrix above this and above the block's own weights is read, not copied.
+HEAD_COPY = 2**20
 _aten = torch.ops.aten
 _NORMS = {"batch_norm", "group_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "hardtanh"}
 
@@ -76,15 +86,28 @@ class Liveness:
             any(a in graph.weight_of and weights[graph.weight_of[a]].requires_grad for a in n.all_input_nodes)
             for n in self.nodes
         ]
+        self.sizes = [_bytes(n) for n in self.nodes]
         counted: set[str] = set()
-        self.gradients = [self._gradient_bytes(n, counted) for n in self.nodes]
+        first = [self._first_used(n, counted) for n in self.nodes]
+        # Of the parameters that each node is the first to use: bytes of their gradients, and of all of them.
+        self.gradients = [sum(tensor_bytes(weights[n]) for n in names if weights[n].requires_grad) for names in first]
+        self.owned = [sum(tensor_bytes(weights[n]) for n in names) for names in first]
+        self.head_values = HEAD_VALUES * sum(_bytes(p) for p in predictions)
+        self.head_weights = [tensor_bytes(weights[n]) for n in last_linear(graph, predictions) or () if n is not None]
+        self._costs: dict[tuple[tuple[int, ...], int | None], Costs] = {}
 
-    def _gradient_bytes(self, node: fx.Node, counted: set[str]) -> int:
-        """Bytes of the gradients of the parameters that ``node`` is the first to use."""
-        names = {self.graph.weight_of[a] for a in node.all_input_nodes if a in self.graph.weight_of}
-        new = {n for n in names - counted if self.weights[n].requires_grad}
-        counted |= new
-        return sum(tensor_bytes(self.weights[n]) for n in new)
+    def _first_used(self, node: fx.Node, counted: set[str]) -> set[str]:
+        """Parameters that ``node`` is the first to use."""
+        names = {self.graph.weight_of[a] for a in node.all_input_nodes if a in self.graph.weight_of} - counted
+        counted |= names
+        return names
+
+    def costs(self, positions: Sequence[int], pieces: int | None = None) -> Costs:
+        """Memory of every block between two of these cuts; made once for every count of blocks."""
+        key = tuple(positions), pieces
+        if key not in self._costs:
+            self._costs[key] = Costs(self, positions, pieces)
+        return self._costs[key]
 
     def crossing(self, position: int) -> list[fx.Node]:
         """Values produced at or before ``position`` and read after it."""
@@ -92,35 +115,29 @@ class Liveness:
 
     def candidates(self) -> list[CutPoint]:
         """Every position at which a cut is possible, in order."""
-        barred = barred_cuts(self.graph, self.order, self.mutated)
-        first = next((i for i, t in enumerate(self.trains) if t), len(self.nodes))
+        count = len(self.nodes)
+        barred = _overlaps(barred_cuts(self.graph, self.order, self.mutated), [1] * count, count)
+        lives = [(p, self.last_use[n]) for p, n in enumerate(self.nodes)]
+        crossing = _overlaps(lives, self.sizes, count)
+        odd = [n in self.live and not isinstance(n.meta.get("val"), Tensor) for n in self.nodes]
+        unfinished = _overlaps(lives, odd, count)
+        saved = list(accumulate(self.saved))
+        first = next((i for i, t in enumerate(self.trains) if t), count)
         last = max((i for i, t in enumerate(self.trains) if t), default=-1)
         points = []
-        alive: set[fx.Node] = set()
-        saved = 0
+        newest: list[fx.Node] = []  # differentiable values in order; those that are dead go when they come to the top
         for p, node in enumerate(self.nodes):
-            alive = {n for n in alive if self.last_use[n] > p}
-            if self.last_use[node] > p:
-                alive.add(node)
-            saved += self.saved[p]
-            if not first <= p < min(last, self.end) or any(a <= p < b for a, b in barred):
+            if node in self.live:
+                newest.append(node)
+            while newest and self.last_use[newest[-1]] <= p:
+                newest.pop()
+            if not first <= p < min(last, self.end) or barred[p] or not newest or unfinished[p]:
                 continue
-            live = [n for n in alive if n in self.live]
-            if not live or any(not isinstance(n.meta.get("val"), Tensor) for n in live):
+            if newest[-1] not in self.graph.batch_dims:
                 continue
-            newest = max(live, key=self.order.__getitem__)
-            if newest not in self.graph.batch_dims:
-                continue
-            points.append(
-                CutPoint(
-                    p,
-                    node.name,
-                    (module_paths(self.nodes[p + 1]) or [""])[-1],
-                    sum(tensor_bytes(n.meta["val"]) for n in alive),
-                    saved,
-                    self._natural(newest, node, p),
-                )
-            )
+            module = (module_paths(self.nodes[p + 1]) or [""])[-1]
+            natural = self._natural(newest[-1], node, p)
+            points.append(CutPoint(p, node.name, module, crossing[p], saved[p], natural))
         return points
 
     def _natural(self, newest: fx.Node, node: fx.Node, position: int) -> bool:
@@ -131,6 +148,16 @@ class Liveness:
             return False
         # Cut right behind the value that crosses, not behind an unrelated node after it.
         return newest is node
+
+
+def _overlaps(ranges: Sequence[tuple[int, int]], weights: Sequence[int], count: int) -> list[int]:
+    """For every position p below ``count``: the summed weights of the ranges with ``first <= p < last``."""
+    change = [0] * (count + 1)
+    for (first, last), weight in zip(ranges, weights, strict=False):
+        if last > first:
+            change[first] += weight
+            change[min(last, count)] -= weight
+    return list(accumulate(change))[:count]
 
 
 def _pointwise(node: fx.Node) -> bool:
@@ -218,9 +245,10 @@ def by_name(liveness: Liveness, points: list[CutPoint], names: list[str]) -> lis
 
 def most_blocks(liveness: Liveness, points: list[CutPoint]) -> int:
     """The largest possible number of blocks with a trainable parameter each."""
+    seen = list(accumulate(liveness.trains, initial=0))
     count, previous = 0, -1
     for point in points:
-        if any(liveness.trains[previous + 1 : point.position + 1]):
+        if seen[point.position + 1] > seen[previous + 1]:
             count, previous = count + 1, point.position
     return count + 1
 
@@ -229,14 +257,43 @@ def balanced(liveness: Liveness, points: list[CutPoint], count: int) -> list[int
     """``count - 1`` cuts that make the largest block smallest; ``None`` when there are not enough places."""
     if count == 1:
         return []
-    natural = [p for p in points if p.natural]
-    for pool in (natural, points):
-        cuts = _balance(liveness, _thin(pool), count)
-        if cuts is None and len(pool) > MAX_CANDIDATES:
-            cuts = _balance(liveness, pool, count)
+    for pool in _pools(points):
+        cuts = liveness.costs([p.position for p in pool]).cuts(count)
         if cuts is not None:
             return cuts
     return None
+
+
+def by_count(
+    liveness: Liveness, most: int = MAX_AUTO, serial: bool = False, pieces: int | None = None
+) -> dict[int, list[int]]:
+    """The best cuts for every possible count of blocks up to ``most``, from one table of costs.
+
+    Args:
+        liveness: of the graph.
+        most: the largest count.
+        serial: make the peak of the BP step smallest instead, block by block with every boundary before it stored.
+        pieces: the same for one of so many micro-batches, every block's gradients freed before the next block runs.
+    """
+    points = liveness.candidates()
+    found: dict[int, list[int]] = {}
+    for count in range(1, min(most, most_blocks(liveness, points)) + 1):
+        cuts = balanced(liveness, points, count)
+        if cuts is None:
+            break
+        if (serial or pieces) and count > 1:
+            # From the same pool as the balanced ones, which are the bound to be improved on.
+            pool = next(p for p in _pools(points) if set(cuts) <= {point.position for point in p})
+            cuts = liveness.costs([p.position for p in pool], pieces).serial_cuts(count, cuts)
+        found[count] = cuts
+    return found
+
+
+def _pools(points: list[CutPoint]) -> list[list[CutPoint]]:
+    """Where to look for cuts, the better places first."""
+    natural = [p for p in points if p.natural]
+    pools = [_thin(natural), natural, _thin(points), points]
+    return [pool for k, pool in enumerate(pools) if pool not in pools[:k]]
 
 
 def _thin(points: list[CutPoint]) -> list[CutPoint]:
@@ -250,58 +307,133 @@ def _thin(points: list[CutPoint]) -> list[CutPoint]:
     return [min(group, key=lambda p: p.crossing_bytes) for group in groups.values()]
 
 
-def _balance(liveness: Liveness, points: list[CutPoint], count: int) -> list[int] | None:
-    ends = [-1, *(p.position for p in points), len(liveness.nodes) - 1]
-    crossing = [0, *(p.crossing_bytes for p in points), 0]
-    cost = _costs(liveness, ends, crossing)
-    m = len(ends)
-    infinite = float("inf")
+class Costs:
+    """Estimated memory of the block between each pair of ends, and the best chains of blocks over them.
 
-    def solve(weigh: Callable[[int, int], float], join: Callable[[float, float], float]) -> tuple[float, list[int]]:
-        best = [[infinite] * m for _ in range(count + 1)]
-        back = [[0] * m for _ in range(count + 1)]
-        best[0][0] = 0.0
-        for k in range(1, count + 1):
-            for j in range(k, m):
-                for i in range(k - 1, j):
-                    if best[k - 1][i] == infinite:
-                        continue
-                    total = join(best[k - 1][i], weigh(i, j))
-                    if total < best[k][j]:
-                        best[k][j], back[k][j] = total, i
-        chain, j = [], m - 1
-        for k in range(count, 0, -1):
-            j = back[k][j]
-            chain.append(j)
-        return best[count][m - 1], chain[::-1]
+    In the local step a block holds what it reads, what it saves for backward, the gradients of every block so far, and
+    the largest transient of its backward or of its head, whichever is larger: the head's backward is over before the
+    block's own begins. A head takes what the loss needs of the predictions, and the gradient of a copy of the model's
+    last linear layer; a readout of another width is not told apart, nor are the copies' gradients of earlier blocks
+    counted. In the BP step there are no heads, the later blocks' gradients are there, and a cotangent for what crosses.
+    With ``pieces`` it is one micro-batch of so many, and of gradients there are only the block's own.
 
-    bottleneck, _ = solve(lambda i, j: cost[i][j], max)
-    if bottleneck == infinite:
-        return None
-    allowed = bottleneck * 1.05
-    # Of the cuts that are as good, take those that store the fewest bytes between blocks.
-    _, chain = solve(
-        lambda i, j: crossing[i] + 1e-3 * cost[i][j] if cost[i][j] <= allowed else infinite, lambda a, b: a + b
-    )
-    return [ends[i] for i in chain[1:]]
+    Matrices have a row per end of a block and a column per start; ``inf`` stands where there is no block.
+    """
+
+    def __init__(self, liveness: Liveness, positions: Sequence[int], pieces: int | None = None) -> None:
+        parts = pieces or 1
+        sizes, saved = [s // parts for s in liveness.sizes], [s // parts for s in liveness.saved]
+        last = len(liveness.nodes) - 1
+        self.ends = [-1, *positions, last]
+        m = len(self.ends)
+        stop = torch.tensor([e + 1 for e in self.ends], device="cpu")
+        block = torch.ones(m, m, dtype=torch.bool, device="cpu").tril(-1)
+
+        def between(values: Sequence[float]) -> Tensor:
+            total = _floats([0.0, *accumulate(values)])[stop]
+            return total[:, None] - total[None, :]
+
+        most = [max(sizes[a + 1 : b + 1], default=0) for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        biggest = torch.where(block, _floats([0, *most])[:, None], 0.0).cummax(0).values
+        lives = [(p, liveness.last_use[n]) for p, n in enumerate(liveness.nodes)]
+        crossing = [0, *_overlaps(lives, sizes, last + 1)]
+        self.crossing = _floats([crossing[e + 1] for e in self.ends])
+        allowed = block & (between(liveness.trains) > 0)
+        held = self.crossing[None, :] + between(saved)
+        gradients = _floats([0.0, *accumulate(liveness.gradients)])[stop]
+        transient = 2 * biggest
+        own = between(liveness.owned).clamp_min(HEAD_COPY)
+        copied = sum((torch.where(own >= w, float(w), 0.0) for w in liveness.head_weights), torch.zeros_like(own))
+        values = torch.full_like(transient, float(liveness.head_values // parts))
+        values[-1], copied[-1] = 0.0, 0.0  # the last block has no head
+        inf = float("inf")
+        # What was handed on has a cotangent while the block is differentiated.
+        alone = between(liveness.gradients)
+        after = gradients[-1] - gradients[None, :] if pieces is None else alone
+        self.bare = torch.where(allowed, held + after + self.crossing[:, None] + transient, inf)
+        before = (gradients[:, None] if pieces is None else alone) + copied
+        self.local = torch.where(allowed, held + before + torch.maximum(transient, values), inf)
+        self.new = self._new_bytes(sizes, lives)
+        self._layers = [self._start()]
+
+    def _new_bytes(self, sizes: Sequence[int], lives: list[tuple[int, int]]) -> Tensor:
+        """Bytes that cross the end of a block but not its start: a skip over several cuts is stored once."""
+        m = len(self.ends)
+        # A value crosses the ends [made, read): count values by both, then sum over made <= start and read > end.
+        ends = _floats(self.ends)
+        made = torch.searchsorted(ends, _floats([p for p, _ in lives]))
+        read = torch.searchsorted(ends, _floats([u for _, u in lives]))
+        table = torch.zeros(m + 1, m + 1, dtype=torch.float64, device="cpu")
+        table.index_put_((made, read), _floats(sizes), accumulate=True)
+        both = table.cumsum(0)[:m].flip(1).cumsum(1).flip(1)[:, 1:]  # [start, end]
+        return self.crossing[:, None] - both.T
+
+    def _start(self) -> Tensor:
+        start = torch.full((len(self.ends),), float("inf"), dtype=torch.float64, device="cpu")
+        start[0] = 0.0
+        return start
+
+    def bottleneck(self, count: int) -> float:
+        """The smallest possible memory of the largest of ``count`` blocks; ``inf`` where there are too few places."""
+        while len(self._layers) <= count:
+            self._layers.append(torch.maximum(self.local, self._layers[-1][None, :]).min(1).values)
+        return float(self._layers[count][-1])
+
+    def cuts(self, count: int) -> list[int] | None:
+        """Of the cuts whose largest block is as good as the smallest, those that store the fewest bytes."""
+        bottleneck = self.bottleneck(count)
+        if bottleneck == float("inf"):
+            return None
+        weigh = torch.where(self.local <= SLACK * bottleneck, self.new + 1e-3 * self.local, float("inf"))
+        return self._chain(count, lambda best: best[None, :] + weigh)
+
+    def serial_cuts(self, count: int, known: list[int]) -> list[int]:
+        """Cuts whose peak in the BP step is within 1 % of the smallest; ``known`` are any that are possible.
+
+        For a bound on the peak the fewest stored bytes up to each end are found exactly, since to have stored less is
+        never worse; bisection finds the bound.
+        """
+        low, high = 0.0, self.serial(known)
+        while high - low > 0.01 * high:
+            bound = (low + high) / 2
+            found = self._chain(count, partial(self._within, bound))
+            if found is None:
+                low = bound
+            else:
+                known, high = found, min(bound, self.serial(found))
+        return known
+
+    def _within(self, bound: float, stored: Tensor) -> Tensor:
+        room = bound - self.bare + self.crossing[None, :]  # what a block reads is stored already
+        return torch.where(stored <= room, stored + self.new, float("inf"))
+
+    def serial(self, cuts: Sequence[int]) -> float:
+        """Estimated peak of the BP step over these cuts: a block, and the boundaries before it."""
+        at = {e: k for k, e in enumerate(self.ends)}
+        chain = [0, *(at[c] for c in cuts), len(self.ends) - 1]
+        stored, peak = 0.0, 0.0
+        for i, j in zip(chain, chain[1:], strict=False):
+            peak = max(peak, stored - float(self.crossing[i]) + float(self.bare[j, i]))
+            stored += float(self.new[j, i])
+        return peak
+
+    def _chain(self, count: int, step: Callable[[Tensor], Tensor]) -> list[int] | None:
+        """The cheapest ``count`` blocks; ``step`` makes totals by end and start from the best totals by start."""
+        best, back = self._start(), []
+        for _ in range(count):
+            best, start = step(best).min(1)
+            back.append(start)
+        if best[-1] == float("inf"):
+            return None
+        chain = [len(self.ends) - 1]
+        for start in reversed(back):
+            chain.append(int(start[chain[-1]]))
+        return [self.ends[k] for k in chain[-2:0:-1]]
 
 
-def _costs(liveness: Liveness, ends: list[int], crossing: list[int]) -> list[list[float]]:
-    """Memory of the block between each pair of ends: what it reads, what it saves, and its backward's transients."""
-    infinite = float("inf")
-    sizes = [_bytes(n) for n in liveness.nodes]
-    m = len(ends)
-    cost = [[infinite] * m for _ in range(m)]
-    for i in range(m):
-        saved, biggest, trains = 0, 0, False
-        for j in range(i + 1, m):
-            for p in range(ends[j - 1] + 1, ends[j] + 1):
-                saved += liveness.saved[p] + liveness.gradients[p]
-                biggest = max(biggest, sizes[p])
-                trains = trains or liveness.trains[p]
-            if trains:
-                cost[i][j] = crossing[i] + saved + 2 * biggest
-    return cost
+def _floats(values: Sequence[float]) -> Tensor:
+    """In double precision, in which bytes are exact, and on the CPU whatever the default device is."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _bytes(node: fx.Node) -> int:
@@ -327,8 +459,14 @@ def _auto(liveness: Liveness, points: list[CutPoint], peak: Peak | None, limit: 
 
 
 def largest(liveness: Liveness, cuts: Sequence[int]) -> float:
-    """Estimated memory of the largest block between these cuts, in bytes."""
-    ends = [-1, *cuts, len(liveness.nodes) - 1]
-    crossing = [0] + [sum(_bytes(n) for n in liveness.crossing(c)) for c in cuts] + [0]
-    cost = _costs(liveness, ends, crossing)
-    return max(cost[i][i + 1] for i in range(len(ends) - 1))
+    """Estimated memory of the largest block between these cuts, its head included, in bytes."""
+    return float(Costs(liveness, cuts).local.diagonal(-1).max())
+
+
+def serial(liveness: Liveness, cuts: Sequence[int], pieces: int | None = None) -> float:
+    """Estimated peak of the BP step over these cuts, in bytes: the largest block with the boundaries before it.
+
+    Args:
+        pieces: as for :func:`by_count`.
+    """
+    return Costs(liveness, cuts, pieces).serial(cuts)

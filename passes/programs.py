@@ -8,10 +8,12 @@ them, and they look their weights up by name at every run, so that they always t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from bpfx.losses import Head
 from bpfx.passes.graph import Weights
@@ -19,6 +21,7 @@ from bpfx.passes.lower import Block
 from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
 
 Grads = dict[str, Tensor]
+Sink = Callable[[str, Tensor], None]
 
 
 class BoundaryLoss(nn.Module):
@@ -184,14 +187,23 @@ class LocalGradient(BlockProgram):
         env.update(zip((n.name for n in block.outputs), outputs, strict=True))
         return outputs
 
-    def forward(self, values: list[Any]) -> tuple[Any, ...]:
+    def forward(self, values: list[Any], sink: Sink | None = None) -> tuple[Any, ...]:
+        """Run it.
+
+        Args:
+            values: what it reads, by the order of its argument names; emptied.
+            sink: takes every gradient as soon as it is complete; the dictionary stays empty then.
+        """
         if self.joint is not None and (result := self.joint(values)) is not None:
-            return result
+            *results, grads = result
+            if sink is not None:
+                for name in list(grads):
+                    sink(name, grads.pop(name))
+            return (*results, grads)
         with torch.enable_grad():
             outputs, loss = self.losses(values)
             names, tensors = self.gradient_inputs()
-            found = torch.autograd.grad(loss, tensors, allow_unused=True)
-        grads = {n: g for n, g in zip(names, found, strict=True) if g is not None}
+            _, grads = differentiate([loss], None, names, tensors, [], sink)
         return (*outputs, loss.detach(), grads)
 
     def gradient_inputs(self) -> tuple[list[str], list[Tensor]]:
@@ -207,16 +219,30 @@ class LossGradient(BlockProgram):
     """The last block of the BP step: ``(*inputs) -> (*outputs, *cotangents, grads)``; outputs[0] is the loss."""
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
+        outputs, cotangents, grads = self.pull(list(values))
+        return (*outputs, *cotangents, grads)
+
+    def pull(
+        self, values: list[Any], share: float = 1.0, sink: Sink | None = None
+    ) -> tuple[list[Any], list[Tensor | None], Grads]:
+        """Outputs, cotangents of the inputs that carry a gradient, gradients; ``values`` is emptied.
+
+        Args:
+            values: the block's inputs.
+            share: of this micro-batch in the loss of the batch; gradients are those of ``share * loss``.
+            sink: as for :meth:`LocalGradient.forward`.
+        """
         leaves = list(values)
+        values.clear()
         for i in self.wanted:
-            leaves[i] = values[i].detach().requires_grad_()
+            leaves[i] = leaves[i].detach().requires_grad_()
+        names, wanted = self.block.trainable, [leaves[i] for i in self.wanted]
         with torch.enable_grad():
             outputs = self.evaluate(leaves)
-            names = self.block.trainable
-            inputs = [self.weights[n] for n in names] + [leaves[i] for i in self.wanted]
-            found = torch.autograd.grad(outputs[0], inputs, allow_unused=True)
-        grads = {n: g for n, g in zip(names, found, strict=False) if g is not None}
-        return (*(_detached(o) for o in outputs), *found[len(names) :], grads)
+            del leaves
+            scale = None if share == 1.0 else [torch.full_like(outputs[0], share)]
+            found, grads = differentiate([outputs[0]], scale, names, [self.weights[n] for n in names], wanted, sink)
+        return [_detached(o) for o in outputs], found, grads
 
 
 class VectorJacobian(BlockProgram):
@@ -226,26 +252,84 @@ class VectorJacobian(BlockProgram):
     """
 
     def forward(self, rng: RngState | None, *values: Any) -> tuple[Any, ...]:
+        count = len(self.block.inputs)
+        cotangents, grads = self.pull(rng, list(values[:count]), list(values[count:]))
+        return (*cotangents, grads)
+
+    def pull(
+        self, rng: RngState | None, values: list[Any], cotangents: list[Tensor | None], sink: Sink | None = None
+    ) -> tuple[list[Tensor | None], Grads]:
+        """Cotangents of the inputs that carry a gradient, and gradients; both lists are emptied.
+
+        Args:
+            rng: random state to recompute with.
+            values: the block's inputs.
+            cotangents: of the outputs that carry a gradient.
+            sink: as for :meth:`LocalGradient.forward`.
+        """
         if rng is not None:
             set_rng_state(rng)
-        count = len(self.block.inputs)
-        leaves, cotangents = list(values[:count]), values[count:]
+        leaves = list(values)
+        values.clear()
         for i in self.wanted:
             leaves[i] = leaves[i].detach().requires_grad_()
-        names = self.block.trainable
+        names, wanted = self.block.trainable, [leaves[i] for i in self.wanted]
         with torch.enable_grad():
             outputs = self.evaluate(leaves)
+            del leaves
             pairs = [
-                (outputs[i], c)
+                # The place in the autograd graph, not the tensor: what nobody saved dies before the backward begins.
+                (get_gradient_edge(outputs[i]), c)
                 for i, c in zip(self.given, cotangents, strict=True)
                 if c is not None and outputs[i].requires_grad
             ]
-            inputs = [self.weights[n] for n in names] + [leaves[i] for i in self.wanted]
-            found: Sequence[Tensor | None] = [None] * len(inputs)
-            if pairs and inputs:
-                found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+            cotangents.clear()
+            del outputs
+            if not pairs:
+                return [None] * len(wanted), {}
+            weights = [self.weights[n] for n in names]
+            return differentiate([o for o, _ in pairs], [c for _, c in pairs], names, weights, wanted, sink)
+
+
+def differentiate(
+    outputs: Sequence[Any],
+    cotangents: Sequence[Tensor] | None,
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    sink: Sink | None,
+) -> tuple[list[Tensor | None], Grads]:
+    """Gradients of ``leaves``, and of ``weights`` by name (left out where there is none).
+
+    Args:
+        outputs: tensors or gradient edges.
+        sink: takes the gradient of every weight as soon as it is complete, so that no second set of them exists beside
+            one that they are added to.
+    """
+    if not weights and not leaves:
+        return [], {}
+    if sink is None:
+        found = torch.autograd.grad(outputs, [*weights, *leaves], cotangents, allow_unused=True)
         grads = {n: g for n, g in zip(names, found, strict=False) if g is not None}
-        return (*found[len(names) :], grads)
+        return list(found[len(names) :]), grads
+    before = [w.grad for w in weights]
+    handles = []
+    for name, weight in zip(names, weights, strict=True):
+        weight.grad = None
+        handles.append(weight.register_post_accumulate_grad_hook(partial(_hand_on, sink, name)))
+    try:
+        torch.autograd.backward(outputs, cotangents, inputs=[*weights, *leaves])
+    finally:
+        for handle, weight, grad in zip(handles, weights, before, strict=True):
+            handle.remove()
+            weight.grad = grad
+    return [leaf.grad for leaf in leaves], {}
+
+
+def _hand_on(sink: Sink, name: str, weight: Tensor) -> None:
+    grad, weight.grad = weight.grad, None
+    assert grad is not None
+    sink(name, grad)
 
 
 def _detached(value: Any) -> Any:

@@ -79,7 +79,7 @@ def find_predictions(graph: ModelGraph, weights: Weights, targets: Sequence[int]
 
 def loss_program(graph: ModelGraph, predictions: Sequence[fx.Node]) -> SubProgram | None:
     """The loss as a function of the predictions and the user inputs; ``None`` where it needs other activations."""
-    return _extract(graph, [graph.loss], list(predictions), drop=False)
+    return extract(graph, [graph.loss], list(predictions), drop=False)
 
 
 def find_tail(
@@ -104,7 +104,7 @@ def find_tail(
         position = order[start]
         if any(n in live and last_use[n] > position for n in nodes[:position] if n in upstream):
             continue  # something else crosses here as well
-        found = _extract(graph, list(predictions), [_before_norm(graph, weights, start, live, order)], drop=True)
+        found = extract(graph, list(predictions), [_before_norm(graph, weights, start, live, order)], drop=True)
         return found if found is not None and _is_readout(found, weights) else None
     return None
 
@@ -150,7 +150,7 @@ def _before_norm(
             return start
 
 
-def _extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], drop: bool) -> SubProgram | None:
+def extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], drop: bool) -> SubProgram | None:
     """Everything between ``starts`` and ``results``, recomputing from inputs and weights what else is needed."""
     wanted: set[fx.Node] = set()
     stack = [r for r in results if r not in starts]

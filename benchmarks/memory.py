@@ -1,0 +1,299 @@
+"""Whole training steps, optimizer included, side by side: peak memory and time of exact recipes and of bpfx.
+
+    python benchmarks/memory.py                                      # everything
+    python benchmarks/memory.py --only stack-64,resnet50 --rounds 0  # some parts, memory only; the others stay
+    python benchmarks/memory.py --width 32 --tokens 16 --image-size 64 --batch 8 --out /tmp/memory   # a try-out
+
+Every part runs in a process of its own. Writes OUT.json (everything measured), OUT.md (tables), OUT.png (peak against
+depth) and OUT-models.png (bars per image model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+# Both are read when torch starts: threads that wait without spinning, and a profiler that does not greet.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from memory_models import Optimizer, SharedAdamW, Sizes, block_starts, build, data, exact
+from memory_report import PARTS, ROWS, Part, Row, markdown, plot_depths, plot_models
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bpfx
+from bpfx.memory import measure_peak
+
+RESULTS = Path(__file__).parent / "results"
+LEARNING_RATE = 1e-4
+OFFSET_DTYPE = "int8"
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Ready:
+    """A row that can run: a call is one whole training step. `step` and `trainer` are there for rows of bpfx's."""
+
+    call: Callable[[], Tensor]
+    step: Any = None
+    trainer: Any = None
+
+
+def convert(part: Part, row: Row, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    """bpfx's step of a row; a refresh is one at every iteration, so that each measured one is."""
+    offset = bpfx.Offset(period=1, dtype=OFFSET_DTYPE) if row.recipe == "refresh" else None
+    blocks = block_starts(part, model) if part.blocks == "layers" else part.blocks
+    return bpfx.convert(model, F.cross_entropy, (x, y), blocks=blocks, offset=offset)
+
+
+def ready(
+    part: Part, row: Row, model: nn.Module, x: Tensor, y: Tensor, optimizer: Optimizer, step: Any = None
+) -> Ready:
+    """A row on a model; the model is converted unless a step is given."""
+    if not row.ours:
+        return Ready(exact(part, row, model, x, y, optimizer))
+    step = convert(part, row, model, x, y) if step is None else step
+    mode = "bp" if row.recipe == "bp_serial" else "local"
+    trainer = bpfx.BlockTrainer(step, optimizer=optimizer, micro_batches=row.micro_batches, mode=mode)
+    return Ready(lambda: trainer.step(x, y), step, trainer)
+
+
+def predicted(prepared: Ready, x: Tensor, y: Tensor) -> int | None:
+    """Predicted peak bytes of a row; None where bpfx predicts nothing."""
+    return None
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def live_bytes() -> int:
+    """Bytes behind every tensor that Python holds at this moment: whatever a row keeps between steps shows."""
+    gc.collect()
+    return storage_bytes(t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter))
+
+
+# --- measuring, in a process of its own -------------------------------------------------------------------------------
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    text = str(error).strip().splitlines() or [""]
+    return {"error": f"{type(error).__name__}: {text[0]}"}
+
+
+def clear(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def measure_memory(part: Part, row: Row, sizes: Sizes) -> dict[str, Any]:
+    """Peak and state of one row, on a model and an optimizer of its own, once both are warm."""
+    before = live_bytes()
+    torch.manual_seed(0)
+    model = build(part, sizes)
+    x, y = data(part, sizes)
+    prepared = ready(part, row, model, x, y, functools.partial(torch.optim.AdamW, lr=LEARNING_RATE))
+    prepared.call()  # optimizer state, offsets, whatever is allocated once and kept
+    clear(model)
+    state = live_bytes() - before - storage_bytes((x, y))
+    result = measure_peak(prepared.call, warmup=0)
+    blocks = len(prepared.step.plan.blocks) if row.ours else None
+    return {
+        "peak_bytes": result.peak_bytes,
+        "offset_bytes": prepared.step.offset_state.nbytes if row.ours else 0,
+        "state_bytes": state,
+        "predicted_bytes": predicted(prepared, x, y) if row.ours else None,
+        "loss": float(result.result),
+        "blocks": blocks,
+    }
+
+
+def measure_time(part: Part, sizes: Sizes, names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every row in every round; in a round each row runs once, one after the other.
+
+    All rows train one model, and AdamW's state is common too, so that everything fits beside everything else.
+    """
+    torch.manual_seed(0)
+    model = build(part, sizes)
+    x, y = data(part, sizes)
+    optimizer = functools.partial(SharedAdamW, shared={}, lr=LEARNING_RATE)
+    steps: dict[bool, Any] = {}  # by whether the step refreshes
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name in names:
+        row = ROWS[name]
+        refreshes = row.recipe == "refresh"
+        if row.ours and refreshes not in steps:
+            steps[refreshes] = convert(part, row, model, x, y)
+        calls[name] = ready(part, row, model, x, y, optimizer, steps.get(refreshes)).call
+        calls[name]()
+        clear(model)
+    gc.collect()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+            clear(model)
+    return seconds
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one part, with the settings and versions it was measured with."""
+    part = PARTS[name]
+    if arguments.blocks is not None:
+        part = dataclasses.replace(part, blocks=arguments.blocks)
+    torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]
+    began = time.perf_counter()
+    sizes = Sizes(arguments.batch or part.batch, arguments.tokens, arguments.width, arguments.image_size)
+    rounds = part.rounds if arguments.rounds is None else arguments.rounds
+    rows: dict[str, dict[str, Any]] = {}
+    for row in part.rows():
+        print(f"    {row}", file=sys.stderr, flush=True)
+        try:
+            rows[row] = measure_memory(part, ROWS[row], sizes)
+        except Exception as error:
+            rows[row] = failure(error)
+    if rounds:
+        print(f"    {rounds} rounds of times", file=sys.stderr, flush=True)
+        for row, seconds in measure_time(part, sizes, [n for n in rows if "error" not in rows[n]], rounds).items():
+            rows[row]["seconds"] = seconds
+    settings = {
+        "batch": sizes.batch,
+        **({"tokens": sizes.tokens, "width": sizes.width} if part.depth else {"image_size": sizes.image_size}),
+        "dtype": "float32",
+        "optimizer": f"AdamW(lr={LEARNING_RATE})",
+        "offsets": OFFSET_DTYPE,
+        "cut": part.blocks,
+        "threads": arguments.threads,
+        "rounds": rounds,
+    }
+    packages = ["bpfx", "torch", *([] if part.depth else ["torchvision"]), *(["peft"] if "lora" in name else [])]
+    return {
+        "title": part.title,
+        "settings": settings,
+        "as_specified": sizes == Sizes(part.batch) and part == PARTS[name],
+        # What a BP step has to keep that a local step has not: the outputs of all layers but the last.
+        "boundary_bytes": (part.depth - 1) * sizes.boundary_bytes() if part.depth else 0,
+        "blocks": max((row.pop("blocks", None) or 0 for row in rows.values()), default=0),
+        "rows": rows,
+        "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "load_before": round(load, 2),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "took_seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def in_own_process(name: str, arguments: list[str]) -> dict[str, Any] | None:
+    """Measure a part in a fresh process; None where it failed (its own message is on stderr by then)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        command = [sys.executable, __file__, *arguments, "--measure", name, "--into", str(path)]
+        done = subprocess.run(command, check=False)
+        return json.loads(path.read_text("utf-8")) if done.returncode == 0 and path.exists() else None
+
+
+def cut(text: str) -> str | int:
+    """The value of --blocks."""
+    if text in ("layers", "auto"):
+        return text
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not layers, auto or a count")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all)")
+    parser.add_argument("--rounds", type=int, help="rounds of timing after the warm-up, 0 for none (default: 3 or 5)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory", help="where results go, without an ending")
+    parser.add_argument("--batch", type=int, help="samples, a multiple of 8 (default: 8, 32 or 16)")
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="the stack's tokens per sample (default: 512)")
+    parser.add_argument("--width", type=int, default=Sizes.width, help="the stack's width (default: 512)")
+    parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="pixels (default: 224)")
+    parser.add_argument("--blocks", type=cut, help="where bpfx cuts: layers, auto or a count (default: the part's)")
+    parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    unknown = [name for name in parsed.only.split(",") if name not in PARTS]
+    if unknown:
+        parser.error(f"--only: unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if parsed.threads < 1 or (parsed.rounds or 0) < 0:
+        parser.error("--threads must be at least 1, --rounds at least 0")
+    if parsed.batch is not None and (parsed.batch < 8 or parsed.batch % 8):
+        parser.error("--batch must be a multiple of 8, which is the largest number of micro-batches")
+    if parsed.width < 8 or parsed.width % 8:
+        parser.error("--width must be a multiple of 8, the number of attention heads")
+    return parsed
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return f"[{' '.join(match[1].split())}]"
+
+
+def main(arguments: list[str]) -> int:
+    parsed = parse(arguments)
+    if parsed.measure:
+        parsed.into.write_text(json.dumps(measure(parsed.measure, parsed)), "utf-8")
+        return 0
+    endings = (".json", ".md", ".png", "-models.png")
+    stored, tables, by_depth, by_model = (parsed.out.with_name(parsed.out.name + ending) for ending in endings)
+    parts: dict[str, Any] = json.loads(stored.read_text("utf-8"))["parts"] if stored.exists() else {}
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    wanted = [name for name in PARTS if name in parsed.only.split(",")]
+    for count, name in enumerate(wanted, 1):
+        print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
+        part = in_own_process(name, arguments)
+        if part is None:
+            failed.append(name)
+            continue
+        parts[name] = part | {"command": shlex.join(["python", "benchmarks/memory.py", *arguments])}
+        parts = {key: parts[key] for key in PARTS if key in parts}
+        text = json.dumps({"parts": parts}, indent=1)
+        stored.write_text(re.sub(r"\[\s+([^][{}\"]*?)\s+\]", _on_one_line, text) + "\n", "utf-8")
+        tables.write_text(markdown(parts), "utf-8")
+    print(markdown(parts))
+    drawn = [path for path, plot in ((by_depth, plot_depths), (by_model, plot_models)) if plot(parts, path)]
+    print("Wrote " + ", ".join(str(path) for path in (stored, tables, *drawn)))
+    if failed:
+        print(f"Failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
+    broken = [f"{n} {row}" for n in wanted if n in parts for row, r in parts[n]["rows"].items() if "error" in r]
+    if broken:
+        print(f"Did not run: {', '.join(broken)}", file=sys.stderr)
+    return 1 if failed or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+"""Block-serial schedules: block k sees every micro-batch, and its gradient is complete, before the next block runs.
+
+What waits between blocks are the boundaries of the micro-batches; a value dies with its last reader. The consumer of a
+sweep steps and frees a block's gradient before it asks for the next, so one block's gradients exist at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfx._gradients import Grads, adder
+from bpfx._shelf import Parked
+from bpfx._variant import Variant
+from bpfx.passes import stop_gradient
+from bpfx.passes.programs import LocalGradient, LossGradient, Sink, VectorJacobian
+from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
+from bpfx.passes.stages import Stage
+
+
+@dataclasses.dataclass
+class Piece:
+    """One micro-batch under way.
+
+    Attributes:
+        variant: the steps for its shapes.
+        share: of its loss in the loss of the batch.
+        home: where its boundaries wait; ``None`` for where they are.
+        values: what is alive, by name: the caller's tensors, and parked boundaries.
+        cotangents: by the name of the value they belong to.
+        states: random state at the start of every block that may draw.
+        loss: its task loss, once that is known.
+        use: called with the names of the weights that are needed now, and of those that are needed next.
+    """
+
+    variant: Variant
+    share: float
+    home: torch.device | None
+    values: dict[str, Any]
+    cotangents: dict[str, Tensor | None] = dataclasses.field(default_factory=dict)
+    states: dict[int, RngState] = dataclasses.field(default_factory=dict)
+    loss: Tensor | None = None
+    use: Callable[[Iterable[str], Iterable[str]], None] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        variant: Variant,
+        tensors: Sequence[Tensor],
+        share: float = 1.0,
+        home: torch.device | None = None,
+        use: Callable[[Iterable[str], Iterable[str]], None] | None = None,
+    ) -> Piece:
+        inputs = zip(variant.captured.graph.inputs, tensors, strict=True)
+        return cls(variant, share, home, {n.name: t for n, t in inputs if n is not None}, use=use)
+
+    @property
+    def stages(self) -> list[Stage]:
+        return self.variant.stages
+
+    def prefetch(self, stage: Stage) -> None:
+        """Begin to fetch what a stage reads."""
+        for node in stage.arguments:
+            value = self.values.get(node.name)
+            if isinstance(value, Parked):
+                value.prefetch()
+
+    def local(self, stage: Stage, sink: Sink) -> Tensor | None:
+        """The stage's local step: its local loss; its outputs are put among the values."""
+        self._use(stage.reads, stage.index + 1)
+        arguments = self._take([n.name for n in stage.arguments], stage.dead_after_local)
+        if not isinstance(stage.local, LocalGradient):
+            outputs = list(stage.local(*arguments))
+            if stage is self.stages[-1]:
+                self.loss = outputs[0]
+            self._put(stage, outputs, self.variant.read_locally)
+            return None
+        *outputs, loss, _ = stage.local(arguments, sink)
+        self._put(stage, outputs, self.variant.read_locally)
+        if stage is self.stages[-1]:
+            self.loss = loss
+        return loss
+
+    def forward(self, stage: Stage, keep: frozenset[str] = frozenset()) -> None:
+        """The stage's part of the forward sweep."""
+        self._use(stage.block.weights, stage.index + 1)
+        if self.variant.draws:
+            self.states[stage.index] = get_rng_state()
+        assert stage.forward is not None
+        outputs = list(stage.forward(*self._take([n.name for n in stage.block.inputs], ())))
+        self._put(stage, outputs, self.variant.read_in_reverse | keep)
+
+    def last(self, stage: Stage, sink: Sink, keep: frozenset[str] = frozenset()) -> None:
+        """Loss and gradient of the last block, where the reverse sweep begins."""
+        assert isinstance(stage.vjp, LossGradient)
+        self._use(stage.block.weights, stage.index - 1)
+        inputs = self._take([n.name for n in stage.block.inputs], stage.dead_after_reverse)
+        outputs, found, _ = stage.vjp.pull(inputs, self.share, sink)
+        self.loss = outputs[0]
+        self._put(stage, outputs, keep)
+        self._collect([stage.block.inputs[i].name for i in stage.vjp.wanted], found)
+
+    def local_again(self, stage: Stage, sink: Sink) -> Tensor:
+        """The local gradient inside a reverse sweep, with the draws of the forward sweep."""
+        assert isinstance(stage.local, LocalGradient)
+        self._use(stage.reads, stage.index - 1)
+        set_rng_state(self.states.get(stage.index, ()))
+        *_, loss, _ = stage.local(self._take([n.name for n in stage.arguments], ()), sink)
+        return loss
+
+    def vjp(self, stage: Stage, sink: Sink) -> None:
+        """The stage's part of the reverse sweep."""
+        assert isinstance(stage.vjp, VectorJacobian)
+        self._use(stage.block.weights, stage.index - 1)
+        inputs = self._take([n.name for n in stage.block.inputs], stage.dead_after_reverse)
+        cotangents = [self.cotangents.pop(stage.block.outputs[i].name, None) for i in stage.vjp.given]
+        found, _ = stage.vjp.pull(self.states.get(stage.index), inputs, cotangents, sink)
+        self._collect([stage.block.inputs[i].name for i in stage.vjp.wanted], found)
+
+    def _use(self, names: Iterable[str], following: int) -> None:
+        if self.use is not None:
+            ahead = self.stages[following].reads if 0 <= following < len(self.stages) else ()
+            self.use(names, ahead)
+
+    def _take(self, names: Sequence[str], dead: Sequence[str]) -> list[Any]:
+        taken = []
+        for name in names:
+            value = self.values[name]
+            taken.append(value.fetch() if isinstance(value, Parked) else value)
+            if isinstance(value, Parked):
+                value.release()
+        for name in dead:
+            del self.values[name]
+        return taken
+
+    def _put(self, stage: Stage, outputs: list[Any], wanted: frozenset[str]) -> None:
+        """Keep the outputs that someone reads later; the list is emptied."""
+        for node in stage.block.outputs:
+            value = outputs.pop(0)
+            if node.name in wanted:
+                value = stop_gradient.stop_gradient(value) if isinstance(value, Tensor) else value
+                self.values[node.name] = Parked(value, self.home) if isinstance(value, Tensor) else value
+
+    def _collect(self, names: Sequence[str], found: list[Tensor | None]) -> None:
+        for name in names:
+            self.cotangents[name] = stop_gradient.accumulate(self.cotangents.pop(name, None), found.pop(0))
+
+
+def local_sweep(pieces: Sequence[Piece], groups: Sequence[Sequence[int]]) -> Iterator[tuple[int, Grads, Tensor | None]]:
+    """Every block's local gradient and local loss over all pieces, from the first block to the last.
+
+    Args:
+        pieces: the micro-batches.
+        groups: indices of the blocks that a micro-batch passes in one go, in order; their gradients exist together, and
+            nothing waits between them.
+    """
+    for group in groups:
+        totals: dict[int, Grads] = {k: {} for k in group}
+        losses: dict[int, Tensor] = {}
+        for i, piece in enumerate(pieces):
+            if i + 1 < len(pieces):
+                pieces[i + 1].prefetch(pieces[i + 1].stages[group[0]])
+            for k in group:
+                loss = piece.local(piece.stages[k], adder(totals[k], piece.share))
+                if loss is not None:
+                    losses[k] = loss * piece.share + losses[k] if k in losses else loss * piece.share
+        for k in group:
+            yield k, totals.pop(k), losses.get(k)
+
+
+def bp_sweep(pieces: Sequence[Piece]) -> Iterator[tuple[int, Grads]]:
+    """Every block's BP gradient over all pieces, from the last block to the first."""
+    stages = pieces[0].stages
+    for k in range(len(stages) - 1):
+        for piece in pieces:
+            piece.forward(piece.stages[k])
+    total: Grads = {}
+    for piece in pieces:
+        piece.last(piece.stages[-1], adder(total, 1.0))
+    final = get_rng_state() if any(p.states for p in pieces) else ()
+    try:
+        yield len(stages) - 1, total
+        for k in range(len(stages) - 2, -1, -1):
+            if stages[k].vjp is None:
+                continue
+            total = {}
+            for i, piece in enumerate(pieces):
+                if i + 1 < len(pieces):
+                    pieces[i + 1].prefetch(pieces[i + 1].stages[k])
+                piece.vjp(piece.stages[k], adder(total, 1.0))
+            yield k, total
+    finally:
+        set_rng_state(final)

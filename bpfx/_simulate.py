@@ -1,0 +1,198 @@
+"""The block-serial schedules, run on the costs of their programs instead of on tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from bpfx._costs import Categories, Cost, StageCosts
+
+
+@dataclasses.dataclass
+class Simulation:
+    """Peak bytes of a schedule, those bytes by category, its FLOPs, and the block and program that set the peak."""
+
+    peak: int = 0
+    categories: Categories = dataclasses.field(default_factory=dict)
+    flops: int = 0
+    block: int = 0
+    program: str = ""
+
+
+class _Live:
+    """What is alive, by category, and the highest moment so far."""
+
+    def __init__(self) -> None:
+        self.now: Categories = {"gradients": 0, "boundaries": 0, "activations": 0, "heads": 0}
+        self.best = Simulation()
+        self.values: dict[tuple[int, str], int] = {}
+
+    def run(self, cost: Cost, block: int, program: str) -> None:
+        self.best.flops += cost.flops
+        self.moment(cost.categories, block, program)
+
+    def moment(self, extra: Categories, block: int, program: str) -> None:
+        total = sum(self.now.values()) + sum(extra.values())
+        if total > self.best.peak:
+            categories = {n: self.now.get(n, 0) + extra.get(n, 0) for n in {**self.now, **extra}}
+            self.best = Simulation(total, categories, self.best.flops, block, program)
+
+    def put(self, piece: int, name: str, size: int) -> None:
+        if (piece, name) not in self.values:
+            self.values[piece, name] = size
+            self.now["boundaries"] += size
+
+    def drop(self, piece: int, names: Sequence[str]) -> None:
+        for name in names:
+            self.now["boundaries"] -= self.values.pop((piece, name), 0)
+
+    def grads(self, size: int) -> None:
+        self.now["gradients"] += size
+
+
+def local_serial(costs: Sequence[StageCosts], pieces: int, groups: Sequence[range] | None = None) -> Simulation:
+    """One local step of the block-serial trainer.
+
+    Args:
+        costs: of one micro-batch.
+        pieces: how many micro-batches of that size.
+        groups: blocks that a micro-batch passes in one go; ``None`` for one block at a time.
+    """
+    live = _Live()
+    read = {n for c in costs for n in c.stage.dead_after_local}
+    for group in groups if groups is not None else singly(len(costs)):
+        # From the second piece on, every gradient is added to the sum as it comes.
+        found = {k: costs[k].local(keep=pieces == 1) for k in group}
+        held = 0
+        for i in range(pieces):
+            for k in group:
+                c, cost = costs[k], found[k]
+                live.run(cost if cost.peak else c.forward, k, "local step")
+                for name, size in c.outputs.items():
+                    if name in read:
+                        live.put(i, name, size)
+                live.drop(i, c.stage.dead_after_local)
+                if i == 0:
+                    live.grads(cost.gradients)
+                    held += cost.gradients
+        for k in group:
+            _optimizer(live, costs[k], k)
+        live.grads(-held)
+    return live.best
+
+
+def singly(count: int) -> list[range]:
+    """One block at a time."""
+    return [range(k, k + 1) for k in range(count)]
+
+
+def best_groups(costs: Sequence[StageCosts], pieces: int) -> list[range]:
+    """Groups of blocks that a micro-batch passes in one go, so that the local step's peak is smallest.
+
+    Between groups the boundaries of all micro-batches wait, inside a group the gradients of all its blocks. Early
+    layers of a convolutional network have large boundaries and small gradients and belong together; the layers of a
+    transformer, with gradients as large as their boundaries, are best alone.
+    """
+    count = len(costs)
+    if pieces == 1 or count == 1:
+        return singly(count)
+    read = {n for c in costs for n in c.stage.dead_after_local}
+    alive, waiting = [0], 0
+    sizes = {n: size for c in costs for n, size in c.outputs.items() if n in read}
+    for c in costs:
+        waiting += sum(sizes[n] for n in c.outputs if n in read) - sum(sizes[n] for n in c.stage.dead_after_local)
+        alive.append(waiting)
+    found = [c.local(keep=False) for c in costs]
+    working = [(cost.peak or c.forward.peak) + alive[k] for k, (c, cost) in enumerate(zip(costs, found, strict=True))]
+    best: list[tuple[float, int]] = [
+        (0.0, 0)
+    ]  # of the first blocks: the smallest peak, and where its last group begins
+    for end in range(1, count + 1):
+        options = []
+        grads, most = 0, 0
+        for begin in range(end - 1, -1, -1):
+            grads += found[begin].gradients
+            most = max(most, working[begin])
+            peak = grads + most + (pieces - 1) * max(alive[begin], alive[end])
+            options.append((max(best[begin][0], peak), -begin))
+        smallest = min(options)
+        best.append((smallest[0], -smallest[1]))
+    groups, end = [], count
+    while end:
+        groups.append(range(best[end][1], end))
+        end = best[end][1]
+    groups.reverse()
+    alone = local_serial(costs, pieces).peak
+    return groups if local_serial(costs, pieces, groups).peak < alone else singly(count)
+
+
+def bp_serial(costs: Sequence[StageCosts], pieces: int) -> Simulation:
+    """One BP step of the block-serial trainer: the boundaries of all micro-batches wait for the reverse sweep."""
+    live = _Live()
+    _forward(live, costs, range(pieces))
+    for k in range(len(costs) - 1, -1, -1):
+        c = costs[k]
+        if c.stage.vjp is None:
+            continue
+        cost = c.vjp(keep=pieces == 1)
+        held = cost.gradients if pieces > 1 else 0
+        for i in range(pieces):
+            _pull(live, c, cost, k, i)
+            if i == 0:
+                live.grads(held)
+        live.grads(cost.gradients - held)
+        _optimizer(live, c, k)
+        live.grads(-cost.gradients)
+    return live.best
+
+
+def refresh(costs: Sequence[StageCosts], pieces: int) -> Simulation:
+    """One refresh of the block-serial trainer; the stored offsets are state and not counted.
+
+    Args:
+        costs: of one piece.
+        pieces: how many; they follow one another, so they cost time and no memory.
+    """
+    live = _Live()
+    _forward(live, costs, range(1))
+    for k in range(len(costs) - 1, -1, -1):
+        c = costs[k]
+        if c.stage.vjp is None:
+            continue
+        if k == len(costs) - 1:
+            _pull(live, c, c.vjp(keep=True), k, 0)
+            continue
+        local = c.local(keep=True)
+        if local.peak:
+            live.run(local, k, "local gradient in the refresh")
+        # A BP gradient takes the place of the local one as it comes.
+        live.grads(local.gradients)
+        _pull(live, c, c.vjp(keep=False), k, 0)
+        # One parameter at a time, the old offset is taken out and the new one encoded.
+        live.moment({"offsets": 3 * c.largest_parameter}, k, "difference")
+        live.grads(-local.gradients)
+    live.best.flops *= pieces
+    return live.best
+
+
+def _forward(live: _Live, costs: Sequence[StageCosts], pieces: range) -> None:
+    read = {n for c in costs for n in c.stage.dead_after_reverse}
+    for k, c in enumerate(costs[:-1]):
+        for i in pieces:
+            live.run(c.forward, k, "forward sweep")
+            for name, size in c.outputs.items():
+                if name in read:
+                    live.put(i, name, size)
+
+
+def _pull(live: _Live, c: StageCosts, cost: Cost, k: int, piece: int) -> None:
+    live.run(cost, k, "recomputation and backward")
+    live.drop(piece, c.stage.dead_after_reverse)
+    live.drop(piece, [f"cotangent of {n}" for n in c.outputs])
+    for name, size in c.cotangents.items():
+        live.put(piece, f"cotangent of {name}", size)
+
+
+def _optimizer(live: _Live, c: StageCosts, k: int) -> None:
+    # AdamW, one parameter at a time, makes two temporaries of its size.
+    live.moment({"optimizer": 2 * c.largest_parameter}, k, "optimizer step")

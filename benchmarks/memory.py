@@ -62,6 +62,8 @@ class Ready:
 def convert(part: Part, row: Row, model: nn.Module, x: Tensor, y: Tensor) -> Any:
     """bpfx's step of a row; a refresh is one at every iteration, so that each measured one is."""
     offset = bpfx.Offset(period=1, dtype=OFFSET_DTYPE) if row.recipe == "refresh" else None
+    if str(part.blocks).endswith("MiB"):
+        return bpfx.convert(model, F.cross_entropy, (x, y), memory_budget=part.blocks, offset=offset)
     blocks = block_starts(part, model) if part.blocks == "layers" else part.blocks
     return bpfx.convert(model, F.cross_entropy, (x, y), blocks=blocks, offset=offset)
 
@@ -80,7 +82,15 @@ def ready(
 
 def predicted(prepared: Ready, x: Tensor, y: Tensor) -> int | None:
     """Predicted peak bytes of a row; None where bpfx predicts nothing."""
-    return None
+    try:
+        found = prepared.trainer.predict(x, y)
+    except bpfx.BpfxError:
+        return None
+    if prepared.trainer.mode == "bp":
+        return found["bp_serial"].peak_bytes
+    refreshes = prepared.step.offset is not None  # such a step is a refresh, and a local step after it
+    kinds = ("local_serial", "refresh_serial") if refreshes else ("local_serial",)
+    return max(found[kind].peak_bytes for kind in kinds)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -225,11 +235,11 @@ def in_own_process(name: str, arguments: list[str]) -> dict[str, Any] | None:
 
 def cut(text: str) -> str | int:
     """The value of --blocks."""
-    if text in ("layers", "auto"):
+    if text in ("layers", "auto") or re.fullmatch(r"\d+MiB", text):
         return text
     if text.isdecimal() and int(text):
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not layers, auto or a count")
+    raise argparse.ArgumentTypeError(f"{text!r} is not layers, auto, a count or a budget in MiB")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -242,7 +252,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="the stack's tokens per sample (default: 512)")
     parser.add_argument("--width", type=int, default=Sizes.width, help="the stack's width (default: 512)")
     parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="pixels (default: 224)")
-    parser.add_argument("--blocks", type=cut, help="where bpfx cuts: layers, auto or a count (default: the part's)")
+    parser.add_argument("--blocks", type=cut, help="where bpfx cuts: layers, auto, a count, or a budget as 300MiB (default: the part's)")
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)

@@ -44,7 +44,7 @@ class Part:
     """What one process measures.
 
     `batch` is what the targets are for; `depth` is 0 for an image model; `blocks` is "layers" (the units of
-    checkpointing) or what `bpfx.convert` takes.
+    checkpointing), a memory budget ("300MiB"), or what `bpfx.convert` takes as `blocks`.
     """
 
     title: str
@@ -61,9 +61,9 @@ class Part:
 
 PARTS = {
     **{f"stack-{n}": Part(f"Transformer, {n} layers", "stack", 8, 5 if n < 32 else 3, n) for n in (4, 8, 16, 32, 64)},
-    "resnet50": Part("ResNet-50", "resnet50", 32, 5),
-    "resnet152": Part("ResNet-152", "resnet152", 32, 3),
-    "vit_b_16": Part("ViT-B/16", "vit_b_16", 16, 3),
+    "resnet50": Part("ResNet-50", "resnet50", 32, 5, blocks="300MiB"),
+    "resnet152": Part("ResNet-152", "resnet152", 32, 3, blocks="300MiB"),
+    "vit_b_16": Part("ViT-B/16", "vit_b_16", 16, 3, blocks=8),
     "vit_b_16-lora": Part("ViT-B/16 with LoRA", "vit_b_16-lora", 16, 3),
 }
 

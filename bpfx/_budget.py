@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bpfx import _simulate
-from bpfx._costs import StageCosts
-from bpfx._predict import costs_of
+from bpfx._predict import arrange
 from bpfx.errors import BpfxError
 from bpfx.memory import format_bytes
 from bpfx.passes import partition
@@ -98,19 +97,14 @@ def _predicted(
     compiler: Compiler, captured: Captured, tensors: Sequence[Tensor], cuts: list[int], count: int
 ) -> Choice | None:
     """What the two steps over these cuts need; ``None`` where that cannot be predicted."""
-    piece = max(compiler.spec.split(tensors, count), key=compiler.spec.samples)
     with compiler.emitted(captured, cuts) as variant:
         try:
-            costs = costs_of(compiler.weights, variant, piece)
-            return _choice(cuts, costs, count, [s.block.name for s in variant.stages])
+            made = arrange(compiler.weights, variant, partial(compiler.spec.largest, tensors), count)
         except LivenessError:
             return None
-
-
-def _choice(cuts: list[int], costs: list[StageCosts], count: int, names: list[str]) -> Choice:
-    local = _simulate.local_serial(costs, count, _simulate.best_groups(costs, count))
-    steps = {"local step": local, "refresh": _simulate.refresh(costs, count)}
-    step, worst = max(steps.items(), key=lambda item: item[1].peak)
-    part, size = max(worst.categories.items(), key=lambda item: item[1], default=("nothing", 0))
-    where = f"block {worst.block} ({names[worst.block]}) in the {step}, {format_bytes(size)} of it {part}"
-    return Choice(cuts, count, worst.peak, where)
+        steps = {"local step": made.local, "refresh": made.refresh}
+        step, worst = max(steps.items(), key=lambda item: item[1].peak)
+        part, size = max(worst.categories.items(), key=lambda item: item[1], default=("nothing", 0))
+        name = variant.stages[worst.block].block.name
+        where = f"block {worst.block} ({name}) in the {step}, {format_bytes(size)} of it {part}"
+        return Choice(cuts, count, worst.peak, where)

@@ -106,6 +106,50 @@ def costs_of(weights: Weights, variant: Variant, tensors: Sequence[Tensor]) -> l
     return stage_costs(variant.captured.graph.inputs, weights, variant.stages, tensors_of(weights, variant), tensors)
 
 
+@dataclasses.dataclass
+class Arrangement:
+    """How the block-serial trainer runs its two steps, and what they are predicted to need.
+
+    Attributes:
+        groups: blocks that a micro-batch passes in one go in the local step.
+        refresh_pieces: pieces of the batch in a refresh.
+        local, refresh: the two steps.
+    """
+
+    groups: list[range]
+    refresh_pieces: int
+    local: _simulate.Simulation
+    refresh: _simulate.Simulation
+
+
+def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[Tensor]], count: int) -> Arrangement:
+    """Choose groups and the pieces of a refresh for the smallest peak of a run.
+
+    A refresh takes one piece after the other, so that smaller ones cost no memory elsewhere: there are more of them
+    than micro-batches where that keeps the refresh below the local step. Not with running statistics in the model,
+    where the size of a piece changes the gradient, nor with a single micro-batch, whose draws the refresh repeats.
+
+    Args:
+        piece: the largest of so many pieces of the batch.
+        count: micro-batches.
+
+    Raises:
+        LivenessError: a program cannot run on fake tensors.
+    """
+    costs = costs_of(weights, variant, piece(count))
+    groups = _simulate.best_groups(costs, count)
+    local = _simulate.local_serial(costs, count, groups)
+    pieces, found = count, _simulate.refresh(costs, count)
+    captured = variant.captured
+    while count > 1 and captured.graph.dynamic and not captured.mutated_buffers and found.peak > local.peak:
+        tensors = piece(2 * pieces)
+        if all(a.shape == b.shape for a, b in zip(tensors, piece(pieces), strict=True)):
+            break  # single samples
+        pieces *= 2
+        found = _simulate.refresh(costs_of(weights, variant, tensors), pieces)
+    return Arrangement(groups, pieces, local, found)
+
+
 # --- the exact recipes that users know --------------------------------------------------------------------------------
 
 
@@ -202,12 +246,14 @@ class Table:
     offset_bytes: int
 
 
-def schedules(table: Table, tensors: Sequence[Tensor], piece: Sequence[Tensor], count: int) -> list[Schedule]:
+def schedules(
+    table: Table, tensors: Sequence[Tensor], piece: Callable[[int], Sequence[Tensor]], count: int
+) -> list[Schedule]:
     """Every way to take one training step, ours and the exact recipes, with what it is predicted to need.
 
     Args:
         tensors: a batch; only shapes matter.
-        piece: the largest of its micro-batches.
+        piece: the largest of so many pieces of it.
         count: how many micro-batches.
 
     Raises:
@@ -230,9 +276,10 @@ def schedules(table: Table, tensors: Sequence[Tensor], piece: Sequence[Tensor], 
         own = state if right else with_heads
         return Schedule(name, words, pieces, right, found.peak, found.categories, found.flops, own, where)
 
-    costs, small = costs_of(weights, variant, tensors), costs_of(weights, variant, piece)
+    costs, small = costs_of(weights, variant, tensors), costs_of(weights, variant, piece(count))
+    made = arrange(weights, variant, piece, count)
     local = drop_in_peaks(weights, variant, tensors, ("local",))["local"]
-    once, groups = _simulate.local_serial(costs, 1), _simulate.best_groups(small, count)
+    once = _simulate.local_serial(costs, 1)
     rows = [
         exact("bp", "BP", predict_bp(captured, tensors)),
         exact("ac", "BP + checkpointing (AC)", predict_checkpointed(captured, segments, tensors, False)),
@@ -240,13 +287,13 @@ def schedules(table: Table, tensors: Sequence[Tensor], piece: Sequence[Tensor], 
         exact(
             "ac_micro",
             "AC + micro-batches",
-            predict_checkpointed(captured, segments, piece, True),
+            predict_checkpointed(captured, segments, piece(count), True),
             count,
             gradients if count > 1 else 0,
         ),
         Schedule("local", "local, drop-in loop", 1, False, local, {}, once.flops, with_heads),
-        ours("local_serial", "local, block-serial", _simulate.local_serial(small, count, groups), count, False),
-        ours("refresh_serial", "refresh, block by block", _simulate.refresh(small, count), count, False),
+        ours("local_serial", "local, block-serial", made.local, count, False),
+        ours("refresh_serial", "refresh, block by block", made.refresh, made.refresh_pieces, False),
         ours("bp_serial", "BP, block-serial", _simulate.bp_serial(small, count), count, True),
     ]
     return rows

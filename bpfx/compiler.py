@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bpfx import losses as losses_module
 from bpfx._budget import within_budget
 from bpfx._offset_state import OffsetState
-from bpfx._predict import Table, block_peaks, costs_of, drop_in_peaks, ordered, predict_bp, schedules
-from bpfx._simulate import best_groups, singly
+from bpfx._predict import Table, arrange, block_peaks, drop_in_peaks, ordered, predict_bp, schedules
+from bpfx._simulate import singly
 from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
 from bpfx.offset import Offset
@@ -314,8 +314,12 @@ class Compiler:
         plan.micro_batches, plan.budget = self._micro_batches, self.budget
         return plan
 
-    def groups(self, count: int) -> list[range]:
-        """Blocks that each of ``count`` micro-batches of the example passes in one go in the local step."""
+    def arrange(self, count: int) -> tuple[list[range], int]:
+        """How the block-serial trainer runs ``count`` micro-batches of the example.
+
+        Returns:
+            Blocks that a micro-batch passes in one go in the local step, and the pieces of a refresh.
+        """
         variant = self.main
         if count > 1:
             with FakeTensorMode(allow_non_fake_inputs=True):
@@ -323,12 +327,12 @@ class Compiler:
                     torch.empty(shape, dtype=t.dtype, device=t.device)
                     for shape, t in zip(self.spec.shapes, self.example, strict=True)
                 ]
-                piece = max(self.spec.split(batch, count), key=self.spec.samples)
             try:
-                return best_groups(costs_of(self.weights, variant, piece), count)
+                made = arrange(self.weights, variant, functools.partial(self.spec.largest, batch), count)
+                return made.groups, made.refresh_pieces
             except LivenessError:
                 pass  # one block at a time is right, too
-        return singly(len(variant.stages))
+        return singly(len(variant.stages)), count
 
     def schedules(self, tensors: Sequence[Tensor], micro_batches: int, offset: Offset | None = None) -> list[Schedule]:
         """Predictions of every way to take a step on a batch of these shapes.
@@ -337,14 +341,14 @@ class Compiler:
             BpfxError: an operator cannot be predicted.
         """
         variant = self.variant(tensors)
-        pieces = self.spec.split(tensors, micro_batches)
+        count = min(micro_batches, self.spec.samples(tensors))
         stored = OffsetState(offset.dtype if offset is not None else None)
         size = stored.bytes_for(self.weights[n] for b in variant.blocks[:-1] for n in b.trainable)
         try:
             with normalise.undone(variant.captured.graph):
                 found = self._found
                 table = Table(variant.captured, variant, found, size)
-                return schedules(table, tensors, max(pieces, key=self.spec.samples), len(pieces))
+                return schedules(table, tensors, functools.partial(self.spec.largest, tensors), count)
         except LivenessError as error:
             raise BpfxError(f"no prediction: {error}") from error
 

@@ -118,7 +118,7 @@ class BlockTrainer:
         self.local_losses: dict[int, Tensor] = {}
         self.broken: str | None = None
         # From the example batch, so that a resumed run passes the blocks (and draws random numbers) in the same order.
-        self._groups = compiler.groups(micro_batches) if mode == "local" else []
+        self._groups, self._refresh_pieces = compiler.arrange(micro_batches) if mode == "local" else ([], 1)
 
     @property
     def optimizers(self) -> dict[int, torch.optim.Optimizer]:
@@ -157,7 +157,7 @@ class BlockTrainer:
         refreshes = len(step.diagnostics.refreshes)
         try:
             if self.mode == "local" and step._due():
-                size = max(compiler.spec.samples(p) for p in pieces)
+                size = -(-compiler.spec.samples(tensors) // self._refresh_pieces)
                 step._measure(tensors, size, self._boundary_home, self._idle.use, self.reduction)
             norm: float | None = None
             if self.clip_norm is not None and self.clip == "global":

@@ -143,6 +143,10 @@ class BatchSpec:
         starts = [samples * i // count for i in range(count + 1)]
         return [self.narrow(tensors, a, b - a) for a, b in zip(starts, starts[1:], strict=False)]
 
+    def largest(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
+        """The largest of the pieces that :meth:`split` gives."""
+        return max(self.split(tensors, count), key=self.samples)
+
     def samples(self, tensors: Sequence[Tensor]) -> int:
         """Samples in these inputs."""
         return next(t.shape[0] for t, per in zip(tensors, self.per_sample, strict=True) if per)

@@ -132,14 +132,15 @@ def measure_memory(part: Part, row: Row, sizes: Sizes) -> dict[str, Any]:
     clear(model)
     state = live_bytes() - before - storage_bytes((x, y))
     result = measure_peak(prepared.call, warmup=0)
-    blocks = len(prepared.step.plan.blocks) if row.ours else None
+    plan = prepared.step.plan.blocks if row.ours else []
     return {
         "peak_bytes": result.peak_bytes,
         "offset_bytes": prepared.step.offset_state.nbytes if row.ours else 0,
         "state_bytes": state,
         "predicted_bytes": predicted(prepared, x, y) if row.ours else None,
         "loss": float(result.result),
-        "blocks": blocks,
+        "blocks": len(plan),
+        "boundary_bytes": sum(value.bytes for block in plan[:-1] for value in block.outputs),
     }
 
 
@@ -209,8 +210,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "title": part.title,
         "settings": settings,
         "as_specified": sizes == Sizes(part.batch) and part == PARTS[name],
-        # What a BP step has to keep that a local step has not: the outputs of all layers but the last.
-        "boundary_bytes": (part.depth - 1) * sizes.boundary_bytes() if part.depth else 0,
+        # What a BP step has to keep that a local step has not: what all blocks but the last pass on.
+        "boundary_bytes": max((row.pop("boundary_bytes", None) or 0 for row in rows.values()), default=0),
         "blocks": max((row.pop("blocks", None) or 0 for row in rows.values()), default=0),
         "rows": rows,
         "versions": {p: importlib.metadata.version(p) for p in packages} | {"python": platform.python_version()},
@@ -252,7 +253,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="the stack's tokens per sample (default: 512)")
     parser.add_argument("--width", type=int, default=Sizes.width, help="the stack's width (default: 512)")
     parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="pixels (default: 224)")
-    parser.add_argument("--blocks", type=cut, help="where bpfx cuts: layers, auto, a count, or a budget as 300MiB (default: the part's)")
+    cuts = "where bpfx cuts: layers, auto, a count, or a budget as 300MiB (default: the part's)"
+    parser.add_argument("--blocks", type=cut, help=cuts)
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)

@@ -249,7 +249,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of timing after the warm-up, 0 for none (default: 3 or 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory", help="where results go, without an ending")
-    parser.add_argument("--batch", type=int, help="samples, a multiple of 8 (default: 8, 32 or 16)")
+    parser.add_argument("--batch", type=int, help="samples, a multiple of 4 (default: 8, 32 or 16)")
     parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="the stack's tokens per sample (default: 512)")
     parser.add_argument("--width", type=int, default=Sizes.width, help="the stack's width (default: 512)")
     parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="pixels (default: 224)")
@@ -263,8 +263,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--only: unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
     if parsed.threads < 1 or (parsed.rounds or 0) < 0:
         parser.error("--threads must be at least 1, --rounds at least 0")
-    if parsed.batch is not None and (parsed.batch < 8 or parsed.batch % 8):
-        parser.error("--batch must be a multiple of 8, which is the largest number of micro-batches")
+    if parsed.batch is not None and (parsed.batch < 4 or parsed.batch % 4):
+        parser.error("--batch must be a multiple of 4, which is the largest number of micro-batches")
     if parsed.width < 8 or parsed.width % 8:
         parser.error("--width must be a multiple of 8, the number of attention heads")
     return parsed

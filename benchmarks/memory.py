@@ -184,6 +184,13 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     sizes = Sizes(arguments.batch or part.batch, arguments.tokens, arguments.width, arguments.image_size)
     rounds = part.rounds if arguments.rounds is None else arguments.rounds
+    if arguments.times:
+        path = arguments.out.with_name(arguments.out.name + ".json")
+        stored: dict[str, Any] = json.loads(path.read_text("utf-8"))["parts"][name]
+        for row, seconds in measure_time(part, sizes, arguments.times, rounds).items():
+            stored["rows"][row]["seconds"] = seconds
+        stored["settings"]["rounds"] = rounds
+        return stored
     rows: dict[str, dict[str, Any]] = {}
     for row in part.rows():
         print(f"    {row}", file=sys.stderr, flush=True)
@@ -193,7 +200,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             rows[row] = failure(error)
     if rounds:
         print(f"    {rounds} rounds of times", file=sys.stderr, flush=True)
-        for row, seconds in measure_time(part, sizes, [n for n in rows if "error" not in rows[n]], rounds).items():
+        timed = [n for n in rows if "error" not in rows[n]]
+        for row, seconds in measure_time(part, sizes, timed, rounds).items():
             rows[row]["seconds"] = seconds
     settings = {
         "batch": sizes.batch,
@@ -255,6 +263,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=Sizes.image_size, help="pixels (default: 224)")
     cuts = "where bpfx cuts: layers, auto, a count, or a budget as 300MiB (default: the part's)"
     parser.add_argument("--blocks", type=cut, help=cuts)
+    times = "measure the times of these rows only, and keep the memory that is stored (with bp,ac for the ratios)"
+    parser.add_argument("--times", type=lambda text: text.split(","), metavar="ROWS", help=times)
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # A micro-batch of fewer samples would make batch normalisation another method.
 NORM_SAMPLES = 8
+# More micro-batches than that are not looked for.
+MAX_PIECES = 64
 # What is estimated to need that much more than the budget is not looked at more closely.
 MARGIN = 1.5
 # Where nothing fits, so many candidates are predicted exactly to name the smallest peak.
@@ -82,7 +84,7 @@ def _options(compiler: Compiler, captured: Captured, found: partition.Liveness) 
     samples = compiler.spec.batch_size
     floor = NORM_SAMPLES if captured.mutated_buffers else 1
     counts = [1]
-    while captured.graph.dynamic and samples // (2 * counts[-1]) >= floor:
+    while captured.graph.dynamic and samples // (2 * counts[-1]) >= floor and 2 * counts[-1] <= MAX_PIECES:
         counts.append(2 * counts[-1])
     plans = {m: partition.by_count(found, pieces=m) for m in counts}
     return [

@@ -91,7 +91,12 @@ class RefreshSum:
         self._shares.setdefault(block, []).append(share)
 
     def finish(self) -> dict[int, dict[str, float | None]]:
-        """Statistics per block: cosine, ratio, staleness, spread."""
+        """Statistics per block: cosine, ratio, staleness, spread.
+
+        With several pieces, cosine and ratio are of sums over the pieces (Σ⟨g, ℓ⟩ over √(Σ‖g‖² Σ‖ℓ‖²)), and the
+        staleness takes the first piece's Δ in its product with the old one, which is gone when the second comes: an
+        estimate without bias that may leave [-1, 1].
+        """
         statistics: dict[int, dict[str, float | None]] = {}
         for block, sums in sorted(self._sums.items()):
             names = [n for n in self.seen if self.block_of[n] == block]
@@ -110,6 +115,23 @@ class RefreshSum:
             }
         self.state.keep(lambda n: n in self.seen or self.block_of[n] in self._rejected)
         return statistics
+
+    def complaint(self) -> str | None:
+        """What was not finite, and what became of it; to be asked after :meth:`finish`."""
+        if not self.bad:
+            return None
+        words = []
+        lost = sorted(self._rejected.keys() - self._sums.keys())
+        mean = sorted(self._rejected.keys() & self._sums.keys())
+        if lost:
+            held = {self.block_of[n] for n in self.state}
+            keeps = [k for k in lost if k in held]
+            words += [f"blocks {_listed(keeps)} keep the old offset"] if keeps else []
+            without = [k for k in lost if k not in held]
+            words += [f"blocks {_listed(without)} have no offset"] if without else []
+        if mean:
+            words.append(f"blocks {_listed(mean)} take the mean of the pieces that were finite")
+        return f"first in {self.bad[0]}; {', '.join(words) or 'no offset is concerned'}"
 
     def _square(self, names: list[str]) -> float:
         total = 0.0
@@ -191,6 +213,10 @@ def _meet(
     ell = own.get(name) if keep else own.pop(name, None)
     total.measure(sums, g, ell)
     deltas[name] = difference(g, ell)
+
+
+def _listed(blocks: list[int]) -> str:
+    return ", ".join(map(str, blocks))
 
 
 def running_statistics(weights: Any, names: Any, heads: torch.nn.Module) -> dict[str, Tensor]:

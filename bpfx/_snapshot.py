@@ -37,30 +37,32 @@ class Replay(RefreshData):
     """Hands out the same batches for every refresh that is measured, and gives those it drew back at the end."""
 
     def __init__(self, source: RefreshData) -> None:
-        self.data = source.data
+        super().__init__(source.data)
+        self._given, self._before = source, dict(vars(source))
         # A new iterator where that takes nothing from anyone; otherwise the one under way.
         under_way = source._iterator
         if under_way is None and iter(source.data) is source.data:
             under_way = iter(source.data)
-        self._source, self._under_way = (RefreshData(source.data), None) if under_way is None else (source, under_way)
-        source._iterator = under_way
-        self._drawn: list[Any] = []
-        self._taken: list[Any] = []
+        self._source = RefreshData(source.data) if under_way is None else source
+        self._under_way = source._iterator = under_way
+        self._batches: list[Any] = []
+        self._from_under_way: list[Any] = []
         self.position = 0
 
     def next(self) -> Any:
-        if self.position == len(self._drawn):
-            self._drawn.append(self._source.next())
+        if self.position == len(self._batches):
+            self._batches.append(self._source.next())
             if self._under_way is not None and self._source._iterator is self._under_way:
-                self._taken.append(self._drawn[-1])
+                self._from_under_way.append(self._batches[-1])
         self.position += 1
-        batch = self._drawn[self.position - 1]
+        batch = self._batches[self.position - 1]
         return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
 
     def give_back(self) -> None:
         """The iterator under way begins again with what was drawn from it."""
+        vars(self._given).update(self._before)
         if self._under_way is not None:
-            self._source._iterator = itertools.chain(self._taken, self._under_way)
+            self._given._iterator = itertools.chain(self._from_under_way, self._under_way)
 
 
 @contextmanager
@@ -71,6 +73,7 @@ def unchanged(step: Step, trainer: BlockTrainer | None = None) -> Iterator[None]
     """
     if trainer is not None:
         trainer._idle.settle()
+    slots: list[tuple[dict[str, Any], dict[str, Any]]]
     slots = [(s, dict(s)) for m in step.modules() for s in (m._parameters, m._buffers)]
     weights = step._compiler.weights
     tensors = {id(t): t for _, own in slots for t in own.values() if t is not None}
@@ -117,7 +120,7 @@ def _trainer_state(trainer: BlockTrainer) -> Any:
     ]
     schedulers = [(s, copy.deepcopy(s.state_dict())) for s in trainer.schedulers.values()]
     results = dict(trainer.grad_norms), dict(trainer.local_losses)
-    parked, broken, groups = dict(idle._state), trainer.broken, trainer._groups
+    parked, broken = dict(idle._state), trainer.broken
 
     def restore() -> None:
         idle.settle()
@@ -136,7 +139,7 @@ def _trainer_state(trainer: BlockTrainer) -> Any:
             one.release()  # a copy that was fetched ahead is of the state that is gone
         for target, before in zip((trainer.grad_norms, trainer.local_losses), results, strict=True):
             _refill(target, before)
-        trainer.broken, trainer._groups = broken, groups
+        trainer.broken = broken
 
     return restore
 

@@ -86,15 +86,23 @@ class BlockOptimizers:
             "schedulers": {k: s.state_dict() for k, s in self.schedulers.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for kind, own in (("optimizers", self.optimizers), ("schedulers", self.schedulers)):
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise unless the state has an entry for every optimizer and scheduler, and no other."""
+        for kind, own in self._kinds():
             if state[kind].keys() != own.keys():
                 raise BpfxError(
                     f"this state has {kind} for the blocks {sorted(state[kind])}, the trainer for {sorted(own)}; "
                     "convert with the same blocks, and make the trainer with the same arguments"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_state(state)
+        for kind, own in self._kinds():
             for k, one in own.items():
                 one.load_state_dict(state[kind][k])
+
+    def _kinds(self) -> tuple[tuple[str, Mapping[int, Any]], ...]:
+        return ("optimizers", self.optimizers), ("schedulers", self.schedulers)
 
 
 def _made(factory: OptimizerFactory, named: NamedParameters) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -372,7 +373,7 @@ def check_model(model: Any) -> None:
         raise BpfxError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: float | str) -> int:
     """``"2GiB"``, ``"500 MB"`` or a number of bytes.
 
     Example:
@@ -380,7 +381,8 @@ def parse_bytes(size: int | str) -> int:
         1536
     """
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", str(size))
+    text = f"{size:.0f}" if isinstance(size, float) and math.isfinite(size) else str(size)
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
     if isinstance(size, bool) or match is None or match[2].lower() not in units or float(match[1]) <= 0:
         raise BpfxError(f"memory_budget={size!r}: pass bytes as a number, or a size such as '2GiB' or '500MB'")
     return int(float(match[1]) * units[match[2].lower()])

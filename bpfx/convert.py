@@ -15,6 +15,7 @@ from bpfx.passes.batch import as_call
 from bpfx.passes.partition import Blocks
 from bpfx.plan import Plan
 from bpfx.step import Step
+from bpfx.trainer import check_micro_batches
 
 LossFn = Callable[..., Tensor]
 _DEFAULT_OFFSET = Offset()
@@ -67,8 +68,7 @@ def convert(
         >>> net[0].weight.grad.shape
         torch.Size([8, 4])
     """
-    if offset is not None and not isinstance(offset, Offset):
-        raise BpfxError(f"offset={offset!r}: pass bpfx.Offset(…), or None for plain local training")
+    _check_offset(offset)
     compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon, compile)
     return Step(compiler, offset)
 
@@ -100,12 +100,21 @@ def plan(
         >>> len(bpfx.plan(net, torch.nn.functional.cross_entropy, pair, blocks=2).blocks)
         2
     """
+    _check_offset(offset)
+    if micro_batches is not None:
+        check_micro_batches(micro_batches)
     compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon)
     made, tensors = compiler.plan, compiler.spec.flatten(*as_call(batch))
     # Without a budget, what a user would try first.
-    count = micro_batches or (made.micro_batches if memory_budget is not None else DEFAULT_MICRO_BATCHES)
+    usual = made.micro_batches if memory_budget is not None else DEFAULT_MICRO_BATCHES
+    count = micro_batches if micro_batches is not None else usual
     try:
         made.schedules = compiler.schedules(tensors, count, offset)
     except BpfxError as error:
         made.notes.append(str(error))
     return made
+
+
+def _check_offset(offset: object) -> None:
+    if offset is not None and not isinstance(offset, Offset):
+        raise BpfxError(f"offset={offset!r}: pass bpfx.Offset(…), or None for plain local training")

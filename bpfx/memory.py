@@ -1,4 +1,4 @@
-"""Measuring the peak memory of one call, on the CPU and on CUDA, with the same answer object.
+"""Measuring the peak memory of a call or of every kind of step, on the CPU and on CUDA, with the same answer object.
 
 On the CPU the allocator itself is listened to: the profiler records every allocation and release with its address,
 also those inside oneDNN operators, which trackers built on dispatch modes do not see. On CUDA the caching allocator
@@ -12,11 +12,20 @@ import json
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+
+from bpfx import _timeline
+from bpfx.errors import BpfxError
+
+if TYPE_CHECKING:
+    from bpfx.step import Step
+    from bpfx.trainer import BlockTrainer
 
 T = TypeVar("T")
 
@@ -114,6 +123,128 @@ def measure_peak(fn: Callable[[], T], *, warmup: int = 1, device: str | torch.de
         fn()
     gc.collect()  # garbage in reference cycles would otherwise be released at some random point of the call
     return _measure_cpu(fn) if where.type == "cpu" else _measure_cuda(fn, where)
+
+
+def measure_steps(target: Step | BlockTrainer, *args: Any, **kwargs: Any) -> dict[str, Peak[Tensor]]:
+    """Measure every kind of training step on one batch, and leave everything as it was.
+
+    Args:
+        target: what :func:`bpfx.convert` returned, or a :class:`bpfx.BlockTrainer`.
+        args, kwargs: a batch, given as to ``target`` itself.
+
+    Returns:
+        A :class:`Peak` by kind, its ``result`` the task loss. Of a step: ``"local"`` and ``"bp_blocks"``
+        (``run_local``, ``run_bp``), ``"drop_in"`` (call, backward and the gradients it leaves) and ``"refresh"`` (the
+        same at an iteration that refreshes). Of a trainer, each a whole step with optimizer: ``"local_serial"`` and
+        ``"refresh_serial"`` (the refresh and the local step after it: the larger of the two counts), or in mode
+        ``"bp"`` ``"bp_serial"``. Refreshes only where there is an offset. With a period of 1 the steps between two
+        refreshes are measured all the same, though no training takes one.
+
+    Raises:
+        BpfxError: another target; one in eval mode; what a step on this batch raises.
+
+    Every kind runs twice, the second time measured: optimizer state and offsets exist by then and are not counted, no
+    gradient does. Afterwards parameters, buffers, heads, optimizers, schedulers, offsets, iteration, diagnostics,
+    gradients and random state are what they were, bit for bit, also after an exception. The copies that this takes
+    are in host memory. Where a CUDA device takes part it is the one that is measured.
+
+    >>> import torch, bpfx
+    >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
+    >>> x, y = torch.randn(500, 64), torch.randint(0, 2, (500,))
+    >>> step = bpfx.convert(net, torch.nn.functional.cross_entropy, (x, y), blocks=2)
+    >>> peaks = measure_steps(step, x, y)
+    >>> list(peaks), step.iteration
+    (['local', 'bp_blocks', 'drop_in', 'refresh'], 0)
+    >>> peaks["local"].peak_bytes < peaks["refresh"].peak_bytes
+    True
+    """
+    from bpfx._snapshot import Replay, unchanged  # they import modules that import this one
+    from bpfx.passes.batch import loss_of
+    from bpfx.step import Step
+    from bpfx.trainer import BlockTrainer
+
+    trainer = target if isinstance(target, BlockTrainer) else None
+    step = target.converted if isinstance(target, BlockTrainer) else target
+    if not isinstance(step, Step):
+        raise BpfxError(
+            f"measure_steps takes what bpfx.convert returned or a bpfx.BlockTrainer; got a {type(target).__name__}; "
+            "measure_peak measures any other call"
+        )
+    if not step.training:
+        raise BpfxError("the step is in eval mode; call step.train() before measuring its steps")
+    tensors = [*step._compiler.spec.flatten(args, kwargs), *step.parameters()]
+    device = next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
+
+    def drop_in() -> Tensor:
+        loss: Tensor = loss_of(step(*args, **kwargs))
+        loss.backward()
+        for parameter in step.parameters():
+            parameter.grad = None
+        return loss.detach()
+
+    def measured(call: Callable[[], Tensor], iteration: int) -> Peak[Tensor]:
+        def run() -> Tensor:
+            step.iteration = iteration
+            if isinstance(step._refresh_data, Replay):
+                step._refresh_data.position = 0
+            return call()
+
+        return measure_peak(run, device=device)
+
+    with unchanged(step, trainer), torch.enable_grad():
+        offset = step.offset
+        if offset is not None and offset.period == 1:
+            step.offset = offset = replace(offset, period=2)
+        # Iterations of a run under way: the first three do more, such as looking whether the heads train.
+        late = max(step.iteration, 3)
+        due = late if offset is None else -(-late // offset.period) * offset.period
+        found: dict[str, Peak[Tensor]] = {}
+        if trainer is None:
+            calls = {
+                "local": lambda: step.run_local(*args, **kwargs).loss.detach(),
+                "bp_blocks": lambda: step.run_bp(*args, **kwargs).loss.detach(),
+                "drop_in": drop_in,
+            }
+            whole, refresh = drop_in, "refresh"
+        else:
+            serial = trainer
+            whole, refresh = (lambda: serial.step(*args, **kwargs)), "refresh_serial"
+            calls = {f"{trainer.mode}_serial": whole}
+        refreshes = offset is not None and (trainer is None or trainer.mode == "local")
+        # First, so that the others find offsets; and last in the answer.
+        last = {refresh: measured(whole, due)} if refreshes else {}
+        for kind, call in calls.items():
+            found[kind] = measured(call, due + 1)
+        return found | last
+
+
+def plot_timelines(
+    peaks: Mapping[str, Peak[Any]], path: str | Path, *, title: str = "", base: str | None = None
+) -> Path:
+    """Draw live memory over the share of a step's time, one line per row, its peak marked.
+
+    Args:
+        peaks: from :func:`measure_peak` or :func:`measure_steps`, by the names they are to have in the picture.
+        path: ends in ``.png`` or ``.svg``.
+        title: above the picture.
+        base: a row; the others' peaks are given as shares of its own as well.
+
+    Returns:
+        The path. Rows are listed from the largest peak to the smallest. Times are shares of a step because measuring
+        slows steps down unequally.
+
+    Raises:
+        BpfxError: nothing to draw, another ending, an unknown ``base``, or matplotlib is not installed
+            (``pip install 'bpfx[plot]'``).
+
+    >>> import tempfile, torch
+    >>> peaks = {n: measure_peak(lambda n=n: torch.ones(n * 2**20).exp().sum()) for n in (1, 2)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     named = {f"{n} Mi numbers": peak for n, peak in peaks.items()}
+    ...     plot_timelines(named, f"{folder}/timelines.svg", base="2 Mi numbers").stat().st_size > 1000
+    True
+    """
+    return _timeline.draw(peaks, path, title, base)
 
 
 def _measure_cpu(fn: Callable[[], T]) -> Peak[T]:

@@ -111,13 +111,20 @@ class RefreshData:
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
         self._iterator: Iterator[Any] | None = None
+        self._had_some = False
 
     def next(self) -> Any:
         for _ in range(2):
             if self._iterator is None:
                 self._iterator = iter(self.data)
             try:
-                return next(self._iterator)
+                drawn = next(self._iterator)
+                self._had_some = True
+                return drawn
             except StopIteration:
                 self._iterator = None
+        if self._had_some:
+            raise BpfxError(
+                "Offset(data=…) is used up; pass what can be iterated again, such as a DataLoader or a list"
+            )
         raise BpfxError("Offset(data=…) holds no batches")

@@ -163,7 +163,10 @@ def _schedule_table(schedules: list[Schedule], batch: int) -> list[str]:
     for s in schedules:
         share = f"{s.peak_bytes / base.peak_bytes:.0%}" if base.peak_bytes else "?"
         work = f"{s.flops / base.flops:.2f}" if base.flops else "?"
-        parts = [format_bytes(s.categories.get(p, 0)) if s.categories else "?" for p in _PARTS]
+        # Other: what an optimizer's step, or the storing of an offset, makes and drops.
+        other = sum(size for name, size in s.categories.items() if name not in _PARTS)
+        sizes = [*(s.categories.get(p, 0) for p in _PARTS), other]
+        parts = [format_bytes(size) if s.categories else "?" for size in sizes]
         kind = "BP's" if s.exact else "both" if s.name.startswith("refresh") else "local"
         state = format_bytes(sum(s.state.values()))
         rows.append((s.words, str(s.micro_batches), format_bytes(s.peak_bytes), share, *parts, state, work, kind))

@@ -51,8 +51,8 @@ class Diagnostics:
     Attributes:
         refreshes: one record per refresh: ``iteration``; ``cosine``, the mean over the blocks that have an offset; and
             ``blocks``, a list of ``block``, ``cosine`` (of BP and local gradient), ``ratio`` (‖Δ‖/‖g_BP‖),
-            ``staleness`` (cosine of the new and the old Δ), ``spread`` (share of ‖Δ‖² that the micro-batches disagree
-            on) and ``lam``, each ``None`` where there is nothing to compare.
+            ``staleness`` (cosine of the new and the old Δ; with several pieces an estimate of it), ``spread`` (share of
+            ‖Δ‖² that the micro-batches disagree on) and ``lam``, each ``None`` where there is nothing to compare.
     """
 
     refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -279,7 +279,6 @@ class Step(nn.Module):
     @contextmanager
     def _measuring(self) -> Iterator[RefreshSum]:
         """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
-        had = len(self.offset_state) > 0
         total = RefreshSum(self.offset_state, self._block_of)
         try:
             yield total
@@ -289,11 +288,10 @@ class Step(nn.Module):
                 self.offset_state.keep(lambda name: False)
             raise
         statistics = total.finish()
-        if total.bad:
-            kept = "the old offset is kept there" if had else "no offset is stored there"
+        complaint = total.complaint()
+        if complaint is not None:
             warnings.warn(
-                f"NaN or infinite gradients at the refresh of iteration {self.iteration} (first in {total.bad[0]!r}); "
-                f"{kept}",
+                f"NaN or infinite gradients at the refresh of iteration {self.iteration}: {complaint}",
                 BpfxWarning,
                 stacklevel=6,
             )

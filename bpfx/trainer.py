@@ -93,8 +93,7 @@ class BlockTrainer:
         _check(mode=(mode, MODES), clip=(clip, CLIPS), reduction=(reduction, (None, "mean", "sum")))
         if micro_batches is None:
             micro_batches = step.plan.micro_batches
-        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-            raise BpfxError(f"micro_batches={micro_batches!r}: pass a whole number of at least 1")
+        check_micro_batches(micro_batches)
         number = isinstance(clip_norm, (int, float)) and not isinstance(clip_norm, bool) and clip_norm > 0
         if clip_norm is not None and not number:
             raise BpfxError(f"clip_norm={clip_norm!r}: pass a number above 0, or None for no clipping")
@@ -147,6 +146,9 @@ class BlockTrainer:
         step._check_trainable()
         if not step.training:
             raise BpfxError("the step is in eval mode; call step.train() before training")
+        if torch.is_inference_mode_enabled():
+            raise BpfxError("no gradient can be computed under torch.inference_mode(); call trainer.step outside it")
+        self._check_parameters()
         if not compiler.spec.samples(tensors):
             raise BpfxError("this batch has no samples; skip it")
         pieces = compiler.spec.split(tensors, self.micro_batches)
@@ -228,9 +230,9 @@ class BlockTrainer:
             if k < 0:
                 yield k, {}, extra
                 return
+            # No name for a single gradient: it would keep the last one alive while the next block runs.
             for name in list(grads):
-                grad = grads.pop(name)
-                waiting[name] = waiting[name].add_(grad) if name in waiting else grad
+                waiting[name] = waiting[name].add_(grads.pop(name)) if name in waiting else grads.pop(name)
             names = [name for name, _ in self._named.get(k, ())]
             mine = {n: waiting.pop(n) for n in names if n in waiting}
             if self.mode == "local":
@@ -279,6 +281,17 @@ class BlockTrainer:
         ahead = stages[following].reads if 0 <= following < len(stages) else ()
         self._idle.use([name for name, _ in self._named[k]], ahead)
 
+    def _check_parameters(self) -> None:
+        """Every parameter is still the one that its optimizer steps."""
+        weights, heads = self.converted._compiler.weights, dict(self.converted.heads.named_parameters())
+        for name, parameter in (pair for pairs in self._named.values() for pair in pairs):
+            now = heads[name.removeprefix("heads.")] if name.startswith("heads.") else weights[name]
+            if now is not parameter and name not in weights.rewritten:
+                raise BpfxError(
+                    f"the parameter {name!r} was replaced by another object after the trainer was made, and its "
+                    "optimizer would step the old one; make a new BlockTrainer"
+                )
+
     def _clean(self) -> None:
         for parameters in self._named.values():
             for _, parameter in parameters:
@@ -312,6 +325,7 @@ class BlockTrainer:
             raise BpfxError("this is no state of a BlockTrainer; pass what its state_dict() gave")
         if state["mode"] != self.mode:
             raise BpfxError(f"this state is of mode={state['mode']!r}, the trainer's is {self.mode!r}")
+        self._blocks.check_state(state)
         with self.resident():
             self.converted.load_state_dict(state["step"])
             self._blocks.load_state_dict(state)
@@ -323,6 +337,12 @@ class BlockTrainer:
             f"BlockTrainer(mode={self.mode!r}, {len(self.converted.plan.blocks)} blocks, "
             f"micro_batches={self.micro_batches}, clip_norm={self.clip_norm})"
         )
+
+
+def check_micro_batches(count: Any) -> None:
+    """Raise unless ``count`` is a whole number of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise BpfxError(f"micro_batches={count!r}: pass a whole number of at least 1")
 
 
 def _check(**choices: tuple[Any, Sequence[Any]]) -> None:

@@ -105,9 +105,14 @@ def _track(
     except Exception as error:
         if mode is None:
             raise
-        raise LivenessError(f"cannot run on fake tensors: {type(error).__name__}: {error}") from error
+        raise LivenessError(f"cannot run on fake tensors: {_in_short(error)}") from error
     finally:
         tracker.close()
+
+
+def _in_short(error: Exception) -> str:
+    """The kind of an error and the first line of its text; tracers add whole graphs."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 @contextmanager
@@ -132,7 +137,7 @@ def _fake(args: Sequence[Any]) -> tuple[FakeTensorMode, Sequence[Any]]:
     try:
         return mode, tree_map_only(Tensor, convert, args)
     except Exception as error:
-        raise LivenessError(f"an argument has no fake version: {type(error).__name__}: {error}") from error
+        raise LivenessError(f"an argument has no fake version: {_in_short(error)}") from error
 
 
 class _Tracker(TorchDispatchMode):
@@ -316,7 +321,7 @@ def _interpret(gm: fx.GraphModule, args: Sequence[object]) -> _NodeInterpreter:
             with mode, torch.enable_grad():
                 runner.run(*fakes)
         except Exception as error:
-            raise LivenessError(f"cannot run on fake tensors: {type(error).__name__}: {error}") from error
+            raise LivenessError(f"cannot run on fake tensors: {_in_short(error)}") from error
     return runner
 
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from bpfx.losses import Head
 from bpfx.passes.graph import Weights
 from bpfx.passes.lower import Block
+from bpfx.passes.ownership import owned
 from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
 
 Grads = dict[str, Tensor]
@@ -329,7 +330,7 @@ def differentiate(
 def _hand_on(sink: Sink, name: str, weight: Tensor) -> None:
     grad, weight.grad = weight.grad, None
     assert grad is not None
-    sink(name, grad)
+    sink(name, owned(grad))
 
 
 def _detached(value: Any) -> Any:

@@ -247,7 +247,11 @@ class Table:
 
 
 def schedules(
-    table: Table, tensors: Sequence[Tensor], piece: Callable[[int], Sequence[Tensor]], count: int
+    table: Table,
+    tensors: Sequence[Tensor],
+    piece: Callable[[int], Sequence[Tensor]],
+    count: int,
+    sizes: Sequence[float],
 ) -> list[Schedule]:
     """Every way to take one training step, ours and the exact recipes, with what it is predicted to need.
 
@@ -255,6 +259,7 @@ def schedules(
         tensors: a batch; only shapes matter.
         piece: the largest of so many pieces of it.
         count: how many micro-batches.
+        sizes: of the micro-batches, relative to the largest.
 
     Raises:
         LivenessError: a program cannot run on fake tensors.
@@ -292,9 +297,15 @@ def schedules(
             gradients if count > 1 else 0,
         ),
         Schedule("local", "local, drop-in loop", 1, False, local, {}, once.flops, with_heads),
-        ours("local_serial", "local, block-serial", made.local, count, False),
+        ours(
+            "local_serial",
+            "local, block-serial",
+            _simulate.local_serial(small, count, made.groups, sizes),
+            count,
+            False,
+        ),
         ours("refresh_serial", "refresh, block by block", made.refresh, made.refresh_pieces, False),
-        ours("bp_serial", "BP, block-serial", _simulate.bp_serial(small, count), count, True),
+        ours("bp_serial", "BP, block-serial", _simulate.bp_serial(small, count, sizes), count, True),
     ]
     return rows
 

@@ -22,7 +22,8 @@ class Simulation:
 class _Live:
     """What is alive, by category, and the highest moment so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[float] | None = None) -> None:
+        self.sizes = sizes
         self.now: Categories = {"gradients": 0, "boundaries": 0, "activations": 0, "heads": 0}
         self.best = Simulation()
         self.values: dict[tuple[int, str], int] = {}
@@ -39,6 +40,7 @@ class _Live:
 
     def put(self, piece: int, name: str, size: int) -> None:
         if (piece, name) not in self.values:
+            size = size if self.sizes is None else int(size * self.sizes[piece])
             self.values[piece, name] = size
             self.now["boundaries"] += size
 
@@ -50,15 +52,21 @@ class _Live:
         self.now["gradients"] += size
 
 
-def local_serial(costs: Sequence[StageCosts], pieces: int, groups: Sequence[range] | None = None) -> Simulation:
+def local_serial(
+    costs: Sequence[StageCosts],
+    pieces: int,
+    groups: Sequence[range] | None = None,
+    sizes: Sequence[float] | None = None,
+) -> Simulation:
     """One local step of the block-serial trainer.
 
     Args:
-        costs: of one micro-batch.
-        pieces: how many micro-batches of that size.
+        costs: of the largest micro-batch.
+        pieces: how many micro-batches there are.
         groups: blocks that a micro-batch passes in one go; ``None`` for one block at a time.
+        sizes: of the micro-batches, relative to the largest; ``None`` for equal ones.
     """
-    live = _Live()
+    live = _Live(sizes)
     read = {n for c in costs for n in c.stage.dead_after_local}
     for group in groups if groups is not None else singly(len(costs)):
         # From the second piece on, every gradient is added to the sum as it comes.
@@ -126,9 +134,12 @@ def best_groups(costs: Sequence[StageCosts], pieces: int) -> list[range]:
     return groups if local_serial(costs, pieces, groups).peak < alone else singly(count)
 
 
-def bp_serial(costs: Sequence[StageCosts], pieces: int) -> Simulation:
-    """One BP step of the block-serial trainer: the boundaries of all micro-batches wait for the reverse sweep."""
-    live = _Live()
+def bp_serial(costs: Sequence[StageCosts], pieces: int, sizes: Sequence[float] | None = None) -> Simulation:
+    """One BP step of the block-serial trainer: the boundaries of all micro-batches wait for the reverse sweep.
+
+    Arguments as for :func:`local_serial`.
+    """
+    live = _Live(sizes)
     _forward(live, costs, range(pieces))
     for k in range(len(costs) - 1, -1, -1):
         c = costs[k]

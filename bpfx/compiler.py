@@ -342,14 +342,15 @@ class Compiler:
             BpfxError: an operator cannot be predicted.
         """
         variant = self.variant(tensors)
-        count = min(micro_batches, self.spec.samples(tensors))
+        sizes = [self.spec.samples(p) for p in self.spec.split(tensors, micro_batches)]
+        relative = [size / max(sizes) for size in sizes]
         stored = OffsetState(offset.dtype if offset is not None else None)
         size = stored.bytes_for(self.weights[n] for b in variant.blocks[:-1] for n in b.trainable)
         try:
             with normalise.undone(variant.captured.graph):
                 found = self._found
                 table = Table(variant.captured, variant, found, size)
-                return schedules(table, tensors, functools.partial(self.spec.largest, tensors), count)
+                return schedules(table, tensors, functools.partial(self.spec.largest, tensors), len(sizes), relative)
         except LivenessError as error:
             raise BpfxError(f"no prediction: {error}") from error
 

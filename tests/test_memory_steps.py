@@ -149,18 +149,12 @@ def predicted_and_measured(name: str, pieces: int, samples: int | None) -> dict[
     return {kind: (predicted[kind], measured[kind]) for kind in measured}
 
 
-@pytest.mark.parametrize(("pieces", "samples"), [(1, None), (3, None), (3, 29)])
+@pytest.mark.parametrize(("pieces", "samples"), [(1, None), (3, None), (3, 13)])
 @pytest.mark.parametrize("name", MODELS)
 def test_predicted_is_measured(name: str, pieces: int, samples: int | None) -> None:
     found = predicted_and_measured(name, pieces, samples if name != "mlp" or samples is None else 512 + samples)
     off = {kind: predicted / measured - 1 for kind, (predicted, measured) in found.items()}
     assert all(abs(share) < 0.1 for share in off.values()), off
-
-
-def test_very_uneven_pieces_are_not_underestimated() -> None:
-    """Every piece is predicted as the largest: of 13 samples in pieces of 4, 4 and 5 as of 15."""
-    for predicted, measured in predicted_and_measured("conv", 3, 13).values():
-        assert 0.95 * measured < predicted < 1.05 * measured * 15 / 13
 
 
 def test_without_an_offset_nothing_refreshes() -> None:

@@ -158,7 +158,7 @@ _PARTS = ("gradients", "boundaries", "activations", "heads")
 def _schedule_table(schedules: list[Schedule], batch: int) -> list[str]:
     base = schedules[0]
     rows: list[tuple[str, ...]] = [
-        ("one training step", "pieces", "peak", "of BP", *_PARTS, "+ state", "FLOPs of BP", "gradient")
+        ("one training step", "pieces", "peak", "of BP", *_PARTS, "other", "+ state", "FLOPs of BP", "gradient")
     ]
     for s in schedules:
         share = f"{s.peak_bytes / base.peak_bytes:.0%}" if base.peak_bytes else "?"

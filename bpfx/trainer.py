@@ -325,6 +325,7 @@ class BlockTrainer:
             raise BpfxError("this is no state of a BlockTrainer; pass what its state_dict() gave")
         if state["mode"] != self.mode:
             raise BpfxError(f"this state is of mode={state['mode']!r}, the trainer's is {self.mode!r}")
+        self.converted._check_blocks(state["step"]["_extra_state"])
         self._blocks.check_state(state)
         with self.resident():
             self.converted.load_state_dict(state["step"])

@@ -13,11 +13,17 @@ from oracles import check_bp
 from torch import nn
 
 import bpfx
+from bpfx.compiler import Compiler
+
+
+def planned(model: nn.Module, loss_fn: Any, batch: Any, **options: Any) -> Any:
+    """As `bpfx.plan` without its table of schedules, which takes longer than everything else (see test_plan.py)."""
+    return Compiler(model, loss_fn, batch, **options).plan
 
 
 def plan(name: str, **options: Any) -> Any:
     case = zoo.ZOO[name].case()
-    return bpfx.plan(case.model, case.loss_fn, case.batch, **options)
+    return planned(case.model, case.loss_fn, case.batch, **options)
 
 
 def large_resnet50(size: int = 32) -> tuple[nn.Module, Any, tuple[torch.Tensor, torch.Tensor]]:
@@ -29,7 +35,7 @@ def large_resnet50(size: int = 32) -> tuple[nn.Module, Any, tuple[torch.Tensor, 
 
 @pytest.fixture(scope="module")
 def resnet50_at_224() -> Any:
-    return bpfx.plan(*large_resnet50())
+    return planned(*large_resnet50())
 
 
 # --- how many --------------------------------------------------------------------------------------------------------
@@ -85,7 +91,7 @@ def test_every_parameter_belongs_to_one_block(name: str) -> None:
     blocks = list(entry.cuts) or "auto"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bpfx.BpfxWarning)
-        found = bpfx.plan(case.model, case.loss_fn, case.batch, blocks=blocks)
+        found = planned(case.model, case.loss_fn, case.batch, blocks=blocks)
     count = Counter(name for block in found.blocks for name in block.parameter_names)
     wanted = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
     names = {name for name, _ in case.model.named_parameters()}
@@ -100,7 +106,7 @@ def test_every_parameter_belongs_to_one_block(name: str) -> None:
 
 def test_blocks_know_their_parameters_by_object() -> None:
     case = zoo.ZOO["resnet18"].case()
-    found = bpfx.plan(case.model, case.loss_fn, case.batch, blocks=3)
+    found = planned(case.model, case.loss_fn, case.batch, blocks=3)
     by_name = dict(case.model.named_parameters())
     for block in found.blocks:
         objects = {id(by_name[name]) for name in block.parameter_names}
@@ -179,14 +185,14 @@ def test_auto_balances_memory(resnet50_at_224: Any) -> None:
 
 
 def test_predictions_grow_with_the_batch(resnet50_at_224: Any) -> None:
-    half = bpfx.plan(*large_resnet50(16)).predicted
+    half = planned(*large_resnet50(16)).predicted
     assert half["bp"] < 0.75 * resnet50_at_224.predicted["bp"]
     assert half["local"] < 0.75 * resnet50_at_224.predicted["local"]
 
 
 def test_more_blocks_need_no_more_memory() -> None:
     model, loss_fn, batch = large_resnet50()
-    few, many = (bpfx.plan(model, loss_fn, batch, blocks=count).predicted for count in (2, 6))
+    few, many = (planned(model, loss_fn, batch, blocks=count).predicted for count in (2, 6))
     assert many["local"] <= few["local"]
 
 
@@ -203,10 +209,10 @@ def test_plan_trains_nothing() -> None:
 
 def test_plan_and_conversion_agree() -> None:
     case = zoo.ZOO["resnet18"].case()
-    planned = bpfx.plan(case.model, case.loss_fn, case.batch, blocks=4)
+    plan = bpfx.plan(case.model, case.loss_fn, case.batch, blocks=4)
     step = bpfx.convert(case.model, case.loss_fn, case.batch, blocks=4, offset=None, compile="eager")
-    assert [b.parameter_names for b in planned.blocks] == [b.parameter_names for b in step.plan.blocks]
-    assert planned.predicted == step.plan.predicted
+    assert [b.parameter_names for b in plan.blocks] == [b.parameter_names for b in step.plan.blocks]
+    assert plan.predicted == step.plan.predicted
 
 
 def test_plan_prints_a_line_for_every_block() -> None:

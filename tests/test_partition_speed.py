@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, fx, nn
 
-from bpfx.compiler import placeholder_values
+from bpfx._predict import ordered
 from bpfx.passes import partition, shapes, tail
 from bpfx.passes.batch import BatchSpec, as_call
 from bpfx.passes.capture import capture
@@ -28,7 +28,10 @@ def liveness_of(model: nn.Module, loss_fn: Any, batch: Any) -> partition.Livenes
     graph, weights = captured.graph, captured.weights
     shapes.propagate(graph, weights, tensors)
     predictions = tail.find_predictions(graph, weights, spec.targets if loss_fn is not None else None)
-    saved = node_saved_bytes(fx.GraphModule(graph.root, graph.graph), placeholder_values(graph, weights, tensors))
+    saved = node_saved_bytes(
+        fx.GraphModule(graph.root, graph.graph),
+        ordered(graph, {n: weights[n] for n in graph.weight_of.values()}, tensors),
+    )
     return partition.Liveness(graph, weights, saved, predictions, captured.mutated_buffers)
 
 

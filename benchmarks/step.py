@@ -16,11 +16,8 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
+from parts import as_json, in_own_process
 from step_report import PARTS, Part, markdown, plot
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -279,19 +277,6 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def in_own_process(name: str, arguments: list[str]) -> dict[str, Any] | None:
-    """Measure a part in a fresh process; None where it failed (its own message is on stderr by then)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "part.json"
-        command = [sys.executable, __file__, *arguments, "--measure", name, "--into", str(path)]
-        done = subprocess.run(command, check=False)
-        return json.loads(path.read_text("utf-8")) if done.returncode == 0 and path.exists() else None
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return f"[{' '.join(match[1].split())}]"
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (default: all)")
@@ -325,15 +310,13 @@ def main(arguments: list[str]) -> int:
     wanted = [name for name in PARTS if name in parsed.only.split(",")]
     for count, name in enumerate(wanted, 1):
         print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
-        part = in_own_process(name, arguments)
+        part = in_own_process(__file__, name, arguments)
         if part is None:
             failed.append(name)
             continue
         parts[name] = part | {"command": shlex.join(["python", "benchmarks/step.py", *arguments])}
         parts = {key: parts[key] for key in PARTS if key in parts}
-        text = json.dumps({"parts": parts}, indent=1)
-        # A list of numbers on one line, or the timelines make it ten thousand lines.
-        stored.write_text(re.sub(r"\[\s+([^][{}\"]*?)\s+\]", _on_one_line, text) + "\n", "utf-8")
+        stored.write_text(as_json(parts), "utf-8")
         tables.write_text(markdown(parts), "utf-8")
     print(markdown(parts))
     drawn = plot(parts, picture)

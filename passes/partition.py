@@ -170,9 +170,7 @@ def _pointwise(node: fx.Node) -> bool:
 Peak = Callable[[list[int]], float]
 
 
-def choose(
-    liveness: Liveness, blocks: Blocks, peak: Peak | None = None, limit: float = 0.0, thorough: bool = False
-) -> list[int]:
+def choose(liveness: Liveness, blocks: Blocks, peak: Peak | None = None, limit: float = 0.0) -> list[int]:
     """Return the positions after which the graph is cut.
 
     Args:
@@ -182,7 +180,6 @@ def choose(
         peak: for ``"auto"``: predicts the peak of the steps over some cuts, in bytes; without it the estimated memory
             of the largest block is used.
         limit: for ``"auto"``, in bytes.
-        thorough: predict every count, also those whose largest block alone is above the limit.
 
     Raises:
         BpfxError: a name that does not exist, or more blocks than the graph can be cut into.
@@ -197,7 +194,7 @@ def choose(
     if isinstance(blocks, bool) or not isinstance(blocks, (int, str, Sequence)):
         raise BpfxError(f"blocks={blocks!r}: pass 'auto', a count, a list of module names, or a policy")
     if blocks == "auto":
-        return _auto(liveness, points, peak, limit, thorough)
+        return _auto(liveness, points, peak, limit)
     if isinstance(blocks, str):
         raise BpfxError(f"blocks={blocks!r}: the only word is 'auto'; module names go in a list, as in [{blocks!r}]")
     if isinstance(blocks, int):
@@ -441,7 +438,7 @@ def _bytes(node: fx.Node) -> int:
     return sum(tensor_bytes(v) for v in value) if isinstance(value, (list, tuple)) else tensor_bytes(value)
 
 
-def _auto(liveness: Liveness, points: list[CutPoint], peak: Peak | None, limit: float, thorough: bool) -> list[int]:
+def _auto(liveness: Liveness, points: list[CutPoint], peak: Peak | None, limit: float) -> list[int]:
     """The fewest blocks whose peak is inside the limit; where none are, the fewest within 2 % of the smallest."""
     tried: list[tuple[float, list[int]]] = []
     for count in range(1, min(MAX_AUTO, most_blocks(liveness, points)) + 1):
@@ -450,7 +447,7 @@ def _auto(liveness: Liveness, points: list[CutPoint], peak: Peak | None, limit: 
             break
         estimate = largest(liveness, cuts)
         # Where the largest block alone is too large, the whole step needs no prediction.
-        size = estimate if peak is None or (estimate > limit and not thorough) else peak(cuts)
+        size = estimate if peak is None or estimate > limit else peak(cuts)
         if size <= limit:
             return cuts
         tried.append((size, cuts))

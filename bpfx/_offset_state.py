@@ -59,6 +59,11 @@ class OffsetState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._stored)
 
+    def prefetch(self, name: str) -> None:
+        """Begin to bring one offset to its device."""
+        for part in self._stored[name].parts if name in self._stored else ():
+            part.prefetch()
+
     def put(self, name: str, value: Tensor) -> None:
         """Store Δ of one parameter. Where nothing is to be converted or moved, ``value`` itself is kept."""
         plain = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value

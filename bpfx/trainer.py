@@ -271,6 +271,9 @@ class BlockTrainer:
                     self._blocks.step(k)
                 if total is not None:
                     self.grad_norms[k] = total
+                if self.mode == "local":
+                    for name, _ in self._named.get(k + 1, ()):
+                        self.converted.offset_state.prefetch(name)
         self._idle.release()
         return loss
 

@@ -157,7 +157,7 @@ def local(chain: Chain) -> Step:
             if index == len(chain.pieces) - 1:
                 loss = F.cross_entropy(value, y)
             else:
-                head = f"heads.{index}."
+                head = f"bpfx.heads.{index}."
                 logits = call(chain.heads[index], head, params, buffers, chain.pool(value))
                 loss, wanted = F.cross_entropy(logits, y), wanted + of(head, params)
             if index and isinstance(value, tuple) or wanted:

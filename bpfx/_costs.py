@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bpfx.passes import programs
-from bpfx.passes.graph import tensor_bytes
+from bpfx.passes.graph import HEADS, tensor_bytes
 from bpfx.passes.liveness import LivenessError, mark, predict_peak
 from bpfx.passes.programs import ForwardOnce, LocalGradient, LossGradient, Sink, VectorJacobian
 from bpfx.passes.stages import Stage
@@ -192,7 +192,7 @@ class _Runner:
             kept: list[Tensor] = []
 
             def sink(name: str, grad: Tensor) -> None:
-                mark("heads" if name.startswith("heads.") else "gradients", grad)
+                mark("heads" if name.startswith(HEADS) else "gradients", grad)
                 sizes.append(tensor_bytes(grad))
                 if keep:
                     kept.append(grad)

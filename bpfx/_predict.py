@@ -19,7 +19,7 @@ from bpfx._serial import Piece
 from bpfx._variant import Variant
 from bpfx.passes import lower, partition, programs
 from bpfx.passes.capture import Captured
-from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
+from bpfx.passes.graph import HEADS, ModelGraph, Weights, tensor_bytes
 from bpfx.passes.liveness import Prediction, mark, predict_peak
 from bpfx.plan import Schedule
 
@@ -34,8 +34,8 @@ def tensors_of(weights: Weights, variant: Variant) -> dict[str, Tensor]:
     named = {n: weights[n] for n in weights.names() if weights.canonical(n) == n}
     for loss in variant.losses:
         if loss is not None:
-            named.update((f"heads.{loss.block}.{n}", t) for n, t in loss.head.named_parameters())
-            named.update((f"heads.{loss.block}.{n}", t) for n, t in loss.head.named_buffers())
+            named.update((f"{HEADS}{loss.block}.{n}", t) for n, t in loss.head.named_parameters())
+            named.update((f"{HEADS}{loss.block}.{n}", t) for n, t in loss.head.named_buffers())
     return named
 
 

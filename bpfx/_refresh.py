@@ -14,6 +14,7 @@ from torch import Tensor
 from bpfx._gradients import Grads, adder, cosine, difference, dot
 from bpfx._offset_state import OffsetState
 from bpfx._serial import Piece
+from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
 
@@ -48,6 +49,8 @@ class RefreshSum:
         self._sums: dict[int, Sums] = {}
         self._shares: dict[int, list[float]] = {}
         self._rejected: dict[int, float] = {}  # by block, the shares of the pieces that were left out
+        self._blocks_of: dict[str, set[int]] = {}  # a tied parameter has a difference in every block that reads it
+        self._torn: list[str] = []
 
     def check(self, loss: Tensor) -> None:
         """Note a loss that is not finite; its gradients will not be either."""
@@ -66,6 +69,8 @@ class RefreshSum:
     def settle(self, block: int, deltas: Grads, sums: Sums, share: float) -> None:
         """Store one block's differences from one piece of that share. ``deltas`` is emptied."""
         names = list(deltas)
+        for name in names:
+            self._blocks_of.setdefault(name, set()).add(block)
         for name in names:
             sums["delta"] += dot([deltas[name]], [deltas[name]])
             if not math.isfinite(sums["delta"]):  # one number shows it without another tensor of that size
@@ -98,6 +103,10 @@ class RefreshSum:
         estimate without bias that may leave [-1, 1].
         """
         statistics: dict[int, dict[str, float | None]] = {}
+        # A tied parameter's differences are one sum over its blocks: it has a mean only where as much of it was left
+        # out in each of them.
+        self._torn = [n for n, ks in self._blocks_of.items() if len({self._rejected.get(k, 0.0) for k in ks}) > 1]
+        self.seen.difference_update(self._torn)
         for block, sums in sorted(self._sums.items()):
             names = [n for n in self.seen if self.block_of[n] == block]
             weight = accepted = sum(self._shares[block])
@@ -113,7 +122,7 @@ class RefreshSum:
                 "staleness": cosine(sums["stale"], square, sums["old"]),
                 "spread": self._spread(block, sums["delta"] / accepted, square),
             }
-        self.state.keep(lambda n: n in self.seen or self.block_of[n] in self._rejected)
+        self.state.keep(lambda n: n in self.seen or (self.block_of[n] in self._rejected and n not in self._torn))
         return statistics
 
     def complaint(self) -> str | None:
@@ -131,6 +140,8 @@ class RefreshSum:
             words += [f"blocks {_listed(without)} have no offset"] if without else []
         if mean:
             words.append(f"blocks {_listed(mean)} take the mean of the pieces that were finite")
+        if self._torn:
+            words.append(f"{', '.join(self._torn)}, in several blocks, has no offset until the next refresh")
         return f"first in {self.bad[0]}; {', '.join(words) or 'no offset is concerned'}"
 
     def _square(self, names: list[str]) -> float:
@@ -194,7 +205,7 @@ def refresh_piece(
         deltas: Grads = {}
         sums: Sums = defaultdict(float)
         piece.vjp(stage, partial(_meet, total, sums, deltas, own, local is not None))
-        for name in [n for n in own if n not in deltas and not n.startswith("heads.")]:
+        for name in [n for n in own if n not in deltas and not n.startswith(HEADS)]:
             _meet(total, sums, deltas, own, local is not None, name, None)  # BP gives it no gradient
         if deltas:
             total.settle(stage.index, deltas, sums, share)
@@ -222,7 +233,7 @@ def _listed(blocks: list[int]) -> str:
 def running_statistics(weights: Any, names: Any, heads: torch.nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that a step changes."""
     own = {n: weights[n].clone() for n in names}
-    return own | {f"heads.{n}": b.clone() for n, b in heads.named_buffers()}
+    return own | {f"{HEADS}{n}": b.clone() for n, b in heads.named_buffers()}
 
 
 def restore_statistics(weights: Any, heads: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -230,5 +241,5 @@ def restore_statistics(weights: Any, heads: torch.nn.Module, saved: Mapping[str,
     buffers = dict(heads.named_buffers())
     with torch.no_grad():
         for name, value in saved.items():
-            target = buffers[name.removeprefix("heads.")] if name.startswith("heads.") else weights[name]
+            target = buffers[name.removeprefix(HEADS)] if name.startswith(HEADS) else weights[name]
             target.copy_(value)

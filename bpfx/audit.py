@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bpfx.errors import BpfxError
+from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import preserve
 from bpfx.passes.stop_gradient import stop_gradient
@@ -20,7 +21,7 @@ class Audit:
     """What the audit measured.
 
     Attributes:
-        reaches: for every block's local loss the parameters to which it gives a gradient (heads as ``heads.…``).
+        reaches: for every block's local loss the parameters to which it gives a gradient (heads as ``bpfx.heads.…``).
         allowed: for every block's local loss the parameters it may reach.
         names: the blocks' names.
         cut: whether the stop-gradients were in place.
@@ -45,7 +46,7 @@ class Audit:
         lines = [title, f"{'loss of block':40s} {'own':>6s} {'head':>6s} {'leaks':>6s}"]
         for k in sorted(self.reaches):
             found = self.reaches[k]
-            head = {n for n in found if n.startswith("heads.")}
+            head = {n for n in found if n.startswith(HEADS)}
             leaks = found - self.allowed[k]
             own = found - head - leaks
             lines.append(f"{k:3d}  {self.names[k][:34]:34s}  {len(own):6d} {len(head):6d} {len(leaks):6d}")
@@ -103,7 +104,7 @@ class _Interpreter(fx.Interpreter):
         self.cut = cut
         weights = step._compiler.weights
         self.named: dict[str, Tensor] = {n: weights[n] for n in weights.trainable()}
-        self.named.update((f"heads.{n}", p) for n, p in step.heads.named_parameters())
+        self.named.update((f"{HEADS}{n}", p) for n, p in step.heads.named_parameters())
         self.reaches: dict[int, set[str]] = {}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from bpfx.offset import Offset
 from bpfx.passes import emit, heads, joint, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
 from bpfx.passes.capture import VERIFY_SAMPLES, Captured, capture
-from bpfx.passes.graph import ModelGraph, Weights, ancestors, tensor_bytes
+from bpfx.passes.graph import HEADS, ModelGraph, Weights, ancestors, tensor_bytes
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes
 from bpfx.passes.reduction import Reduction, find_reduction
@@ -122,7 +122,7 @@ class Compiler:
             local: in the local sweep, heads included; otherwise in the reverse sweep of the BP step.
         """
         stages = self.main.stages
-        heads = {f"heads.{n}": p for n, p in self.main.heads.named_parameters()}
+        heads = {f"{HEADS}{n}": p for n, p in self.main.heads.named_parameters()}
         block_of: dict[str, int] = {}
         for stage in stages if local else reversed(stages):
             if stage.vjp is not None or local:

@@ -23,6 +23,7 @@ from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.memory import format_bytes
 from bpfx.offset import Offset, RefreshData
 from bpfx.passes.batch import as_call, call_model, loss_of
+from bpfx.passes.graph import HEADS
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Plan
 
@@ -33,7 +34,7 @@ class StepResult:
 
     Attributes:
         loss: the task loss, a scalar.
-        grads: gradient by parameter name; those of heads as ``heads.<block>.<name>``.
+        grads: gradient by parameter name; those of heads as ``bpfx.heads.<block>.<name>``.
         local_losses: the local loss of every block that trains, in order (empty for the BP step).
         outputs: the model's own output.
     """
@@ -166,7 +167,7 @@ class Step(nn.Module):
         lam = None if self.offset.lam == "auto" else self.offset.scale_of("lam", self.iteration)
         if alpha != 1.0:
             for name, grad in local.items():
-                if not name.startswith("heads."):
+                if not name.startswith(HEADS):
                     grad.mul_(alpha)
         for name in self.offset_state if names is None else names:
             if name not in self.offset_state:
@@ -309,7 +310,7 @@ class Step(nn.Module):
 
     def _deliver(self, local: StepResult, grads: Grads) -> Any:
         weights = self._compiler.weights
-        heads = {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        heads = {f"{HEADS}{n}": p for n, p in self.heads.named_parameters()}
         names = list(grads)
         parameters = [heads[n] if n in heads else weights[n] for n in names]
         loss = _Deliver.apply(local.loss, [grads.pop(n) for n in names], *parameters)

@@ -16,6 +16,7 @@ from bpfx._refresh import restore_statistics, running_statistics
 from bpfx._serial import Piece, bp_sweep, local_sweep
 from bpfx._stepping import BlockOptimizers, OptimizerFactory, SchedulerFactory
 from bpfx.errors import BpfxError
+from bpfx.passes.graph import HEADS
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Schedule
 from bpfx.step import Step
@@ -106,7 +107,7 @@ class BlockTrainer:
         self._named = compiler.trained_by(mode == "local")
         self._blocks = BlockOptimizers(self._named, optimizer, lr_scheduler)
         state_home = _device("state_device", state_device)
-        heads = {f"heads.{n}": p for n, p in step.heads.named_parameters()}
+        heads = {f"{HEADS}{n}": p for n, p in step.heads.named_parameters()}
         parameters = {n: compiler.weights[n] for n in compiler.weights.parameter_names} | heads
         parameter_home = _device("parameter_device", parameter_device)
         order = dict(sorted(self._blocks.optimizers.items(), reverse=mode == "bp"))
@@ -288,7 +289,7 @@ class BlockTrainer:
         """Every parameter is still the one that its optimizer steps."""
         weights, heads = self.converted._compiler.weights, dict(self.converted.heads.named_parameters())
         for name, parameter in (pair for pairs in self._named.values() for pair in pairs):
-            now = heads[name.removeprefix("heads.")] if name.startswith("heads.") else weights[name]
+            now = heads[name.removeprefix(HEADS)] if name.startswith(HEADS) else weights[name]
             if now is not parameter and name not in weights.rewritten:
                 raise BpfxError(
                     f"the parameter {name!r} was replaced by another object after the trainer was made, and its "

@@ -147,6 +147,7 @@ def module_paths(node: fx.Node) -> list[str]:
 
 # The capture wraps the model as ``model`` and the caller's loss as this.
 OUTSIDE_LOSS = "outside_loss"
+HEADS = "bpfx.heads."  # names of auxiliary heads begin so; a model may well have a part called "heads" itself
 
 
 def module_name(path: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from bpfx.losses import Head
-from bpfx.passes.graph import Weights
+from bpfx.passes.graph import HEADS, Weights
 from bpfx.passes.lower import Block
 from bpfx.passes.ownership import owned
 from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
@@ -52,8 +52,8 @@ class BoundaryLoss(nn.Module):
         self.head_inputs, self.loss_inputs = tuple(head_inputs), tuple(loss_inputs)
         self.loss_weights = tuple(loss_weights)
         self.mutated, self.random = mutated, random
-        self.parameter_names = [f"heads.{block}.{name}" for name, _ in head.named_parameters()]
-        self.tensor_names = self.parameter_names + [f"heads.{block}.{name}" for name, _ in head.named_buffers()]
+        self.parameter_names = [f"{HEADS}{block}.{name}" for name, _ in head.named_parameters()]
+        self.tensor_names = self.parameter_names + [f"{HEADS}{block}.{name}" for name, _ in head.named_buffers()]
 
     def parameters_now(self) -> list[Tensor]:
         return [
@@ -66,7 +66,7 @@ class BoundaryLoss(nn.Module):
 
     def forward(self, features: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
         arguments = (*features, *(inputs[i] for i in self.head_inputs))
-        swapped = self.weights.overridden(f"heads.{self.block}.")
+        swapped = self.weights.overridden(f"{HEADS}{self.block}.")
         predictions = torch.func.functional_call(self.head, swapped, arguments) if swapped else self.call(*arguments)
         if not isinstance(predictions, tuple):
             predictions = (predictions,)

@@ -111,7 +111,7 @@ def detached_oracle(case: Case, heads: Sequence[nn.Module], cuts: Sequence[str],
     after_forward = initial | once
     grads = gradients(model)
     for k in range(len(cuts)):
-        grads |= gradients(heads[k], f"heads.{k}.")
+        grads |= gradients(heads[k], f"bpfx.heads.{k}.")
     return Reference(loss.detach(), grads, after_forward, [*local_losses, loss.detach()])
 
 
@@ -204,7 +204,7 @@ def drop_in(step: Any, batch: Any, seed: int = SEED) -> Reference:
     if isinstance(batch, dict):
         loss = loss.loss
     loss.backward()
-    found = gradients(step.model) | gradients(step.heads, "heads.")
+    found = gradients(step.model) | gradients(step.heads, "bpfx.heads.")
     return Reference(loss.detach(), found, buffers(step.model))
 
 

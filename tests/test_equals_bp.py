@@ -104,7 +104,7 @@ def test_detached_oracle_is_the_loop_one_writes_by_hand() -> None:
     for k, block in enumerate(model):
         x = block(x.detach())
         F.cross_entropy(heads[k](x) if k < len(heads) else x, y).backward()
-    assert gradient_errors(gradients(model) | gradients(heads, "heads."), reference.grads) == []
+    assert gradient_errors(gradients(model) | gradients(heads, "bpfx.heads."), reference.grads) == []
     assert_buffers(buffers(model), reference.buffers)
 
 
@@ -192,7 +192,7 @@ def test_backward_accumulates() -> None:
     drop_in(step, case.batch)
     run(step, case.batch).backward()  # once more, gradients not cleared
     twice = {name: 2 * grad for name, grad in once.grads.items()}
-    assert_gradients(gradients(step.model) | gradients(step.heads, "heads."), twice)
+    assert_gradients(gradients(step.model) | gradients(step.heads, "bpfx.heads."), twice)
 
 
 def test_backward_scales_with_the_loss() -> None:
@@ -201,7 +201,7 @@ def test_backward_scales_with_the_loss() -> None:
     expected = detached_oracle(case, step.heads, zoo.CONVNET_CUTS)
     (run(step, case.batch) / 8).backward()
     eighth = {name: grad / 8 for name, grad in expected.grads.items()}
-    assert_gradients(gradients(step.model) | gradients(step.heads, "heads."), eighth)
+    assert_gradients(gradients(step.model) | gradients(step.heads, "bpfx.heads."), eighth)
 
 
 def test_training_follows_plain_training() -> None:
@@ -269,7 +269,7 @@ def test_a_frozen_block_has_no_head_and_passes_gradients_on() -> None:
     assert [bool(block.head) for block in step.plan.blocks] == [True, False, True, False]
     check_bp(step, case)
     local = run(step.run_local, case.batch)
-    assert not {name for name in local.grads if name.startswith(("1.", "heads.1."))}
+    assert not {name for name in local.grads if name.startswith(("1.", "bpfx.heads.1."))}
     assert {name for name in local.grads if name.startswith("2.")}
 
 

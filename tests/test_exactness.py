@@ -43,11 +43,11 @@ def convert(case: Case, cuts: tuple[str, ...], compiler: str = "eager", **option
 
 
 def of_model(reference: Reference) -> dict[str, Tensor]:
-    return {name: grad for name, grad in reference.grads.items() if not name.startswith("heads.")}
+    return {name: grad for name, grad in reference.grads.items() if not name.startswith("bpfx.heads.")}
 
 
 def of_heads(reference: Reference) -> dict[str, Tensor]:
-    return {name: grad for name, grad in reference.grads.items() if name.startswith("heads.")}
+    return {name: grad for name, grad in reference.grads.items() if name.startswith("bpfx.heads.")}
 
 
 def combine(rule: Callable[..., Tensor], *references: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +128,7 @@ def test_offset_is_bp_minus_local() -> None:
     bp, local = bp_oracle(case), detached_oracle(case, step.heads, cuts)
     drop_in(step, case.batch)
     expected = combine(torch.sub, bp.grads, of_model(local))
-    assert not {name for name in step.offset_state if name.startswith("heads.")}
+    assert not {name for name in step.offset_state if name.startswith("bpfx.heads.")}
     assert_gradients(step.offset_state, expected)
 
 

@@ -48,7 +48,7 @@ def test_audit_finds_no_leak(name: str) -> None:
     assert not audit.leaks
     assert set(audit.reaches) == set(range(entry.blocks()))
     for k, reached in audit.reaches.items():
-        of_model = {name for name in reached if not name.startswith("heads.")}
+        of_model = {name for name in reached if not name.startswith("bpfx.heads.")}
         assert of_model <= trainable(step, k)
         assert of_model or not trainable(step, k), "an audit that reaches nothing proves nothing"
 
@@ -100,7 +100,7 @@ def test_horizon_reaches_so_far_and_no_further(horizon: int) -> None:
     assert audit.ok
     for k, reached in audit.reaches.items():
         allowed = set().union(*(trainable(step, j) for j in range(max(0, k - horizon + 1), k + 1)))
-        of_model = {name for name in reached if not name.startswith("heads.")}
+        of_model = {name for name in reached if not name.startswith("bpfx.heads.")}
         assert of_model <= allowed
     last = len(step.plan.blocks) - 1
     assert audit.reaches[last] & trainable(step, last - 1), "the last loss looks back over the horizon"
@@ -124,7 +124,7 @@ def test_another_head_moves_the_gradients_of_its_block_only(name: str) -> None:
         moved = run(step.run_local, case.batch).grads
         step.heads[k].load_state_dict(saved)
         changed = {name for name, grad in moved.items() if not torch.equal(grad, plain[name])}
-        allowed = trainable(step, k) | {name for name in moved if name.startswith(f"heads.{k}.")}
+        allowed = trainable(step, k) | {name for name in moved if name.startswith(f"bpfx.heads.{k}.")}
         assert changed <= allowed
         assert changed & trainable(step, k)
 

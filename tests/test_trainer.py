@@ -255,7 +255,7 @@ def test_a_block_is_clipped_by_its_own_norm(mode: str, clip_norm: float) -> None
 
 
 def named(step: bpfx.Step) -> dict[str, Tensor]:
-    return dict(step.model.named_parameters()) | {f"heads.{n}": p for n, p in step.heads.named_parameters()}
+    return dict(step.model.named_parameters()) | {f"bpfx.heads.{n}": p for n, p in step.heads.named_parameters()}
 
 
 @pytest.mark.parametrize(

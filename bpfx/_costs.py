@@ -127,7 +127,7 @@ class _Runner:
         loss = program.local_loss
         if loss is not None:
             head = [(tuple(t.shape), t.dtype) for t in loss.tensors_now()]
-            key += (loss.head.description, str(head), len(program.feature_names))
+            key += (type(loss.head), loss.head.description, str(head), len(program.feature_names))
 
         def run(given: list[Any], sink: Sink) -> list[Any]:
             *outputs, _, _ = program(given, sink)

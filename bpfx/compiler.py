@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bpfx import losses as losses_module
 from bpfx._budget import within_budget
 from bpfx._offset_state import OffsetState
 from bpfx._predict import Table, arrange, block_peaks, drop_in_peaks, ordered, predict_bp, schedules
 from bpfx._simulate import singly
 from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
+from bpfx.losses import Assignment, Choice
 from bpfx.offset import Offset
 from bpfx.passes import emit, heads, joint, lower, normalise, partition, programs, shapes, tail
 from bpfx.passes.batch import BatchSpec, LossFn, as_call
@@ -29,6 +29,7 @@ from bpfx.passes.capture import VERIFY_SAMPLES, Captured, capture
 from bpfx.passes.graph import HEADS, ModelGraph, Weights, ancestors, tensor_bytes
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes
+from bpfx.passes.own_loss import OwnLoss
 from bpfx.passes.reduction import Reduction, find_reduction
 from bpfx.passes.stages import make_stages
 from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
@@ -36,6 +37,8 @@ from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
 # "auto" looks for the fewest blocks whose local step stays below this share of plain BP's predicted peak.
 AUTO_SHARE = 0.245
 BACKENDS = ("eager", "inductor")
+OWN = "local"  # as loss_fn: the local loss judges the model's output, too
+LocalLosses = Choice | Mapping[Any, Choice]
 
 
 class Compiler:
@@ -47,12 +50,12 @@ class Compiler:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn | None,
+        loss_fn: LossFn | str | None,
         batch: Any,
         blocks: partition.Blocks = "auto",
         memory_budget: int | str | None = None,
-        local_loss: str | losses_module.LocalLoss = "supervised",
-        horizon: int = 1,
+        local_loss: LocalLosses = "supervised",
+        horizon: int | None = None,
         compile: str = "eager",
     ) -> None:
         check_model(model)
@@ -63,20 +66,29 @@ class Compiler:
             )
         if compile not in BACKENDS:
             raise BpfxError(f"compile={compile!r} is not known; {suggest(str(compile), BACKENDS)}")
+        self.assignment = Assignment(local_loss)
+        if horizon is None:
+            horizon = self.assignment.horizon
         if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1:
             raise BpfxError(f"horizon={horizon!r}: pass a whole number of at least 1 (1 is greedy, N is BP)")
         if isinstance(blocks, (list, tuple)) and not blocks:
             raise BpfxError("blocks=[] names no module; pass 'auto', a count, or the modules that begin a new block")
-        self.local_loss = losses_module.get(local_loss)
-        self.model, self.loss_fn, self.backend, self.horizon = model, loss_fn, compile, horizon
+        self.model, self.backend, self.horizon = model, compile, horizon
         self.budget = parse_bytes(memory_budget) if memory_budget is not None else None
         args, kwargs = as_call(batch)
-        self.spec = BatchSpec.of(batch, loss_fn is not None)
+        self.spec = BatchSpec.of(batch, loss_fn is not None and loss_fn != OWN)
+        making = self.assignment.rows
+        if making is not None:
+            self.spec = self.spec.expanded(making.rows, making.expand)
         tensors = self.spec.flatten(args, kwargs)
-        captured = capture(model, loss_fn, self.spec, tensors)
+        self.loss_fn = self._own_loss(tensors) if loss_fn == OWN else check_loss_fn(loss_fn)
+        captured = capture(model, self.loss_fn, self.spec, tensors)
         self.weights: Weights = captured.weights
         # What the audit runs on: a few samples, so that the caller's batch is not kept alive.
-        few = min(VERIFY_SAMPLES, self.spec.batch_size) if captured.graph.dynamic else self.spec.batch_size
+        # Whole samples, and two of them at least: a contrastive loss compares samples.
+        rows = self.spec.rows
+        few = min(-(-VERIFY_SAMPLES // rows) * rows, self.spec.batch_size)
+        few = few if captured.graph.dynamic else self.spec.batch_size
         self.example = [t.clone() for t in self.spec.narrow(tensors, 0, few)]
         self.heads: nn.ModuleList | None = None
         self._notes: list[str] = []
@@ -200,11 +212,26 @@ class Compiler:
             self._compile(variant)
         return variant
 
-    def _prepare(self, captured: Captured, tensors: Sequence[Tensor]) -> list[fx.Node]:
+    def _own_loss(self, tensors: Sequence[Tensor]) -> OwnLoss:
+        """The local loss on the model's output, which a first capture shows."""
+        if not self.assignment.label_free:
+            wanting = next(loss.name for loss in self.assignment.losses if not loss.label_free)
+            raise BpfxError(
+                f"loss_fn={OWN!r} trains without targets, but the local loss {wanting!r} needs a task loss; "
+                "pass a loss_fn and targets, or a label-free local loss"
+            )
+        own = OwnLoss()
+        captured = capture(self.model, own, self.spec, tensors)
+        outputs = self._prepare(captured, tensors, own)
+        inputs = [heads.feature(captured.graph, n) for n in captured.graph.inputs if n is not None]
+        features = [heads.feature(captured.graph, n) for n in outputs]
+        own.build(self.assignment.of(-1, ()).loss, features, inputs, 1)
+        return own
+
+    def _prepare(self, captured: Captured, tensors: Sequence[Tensor], loss_fn: LossFn | None = None) -> list[fx.Node]:
         shapes.propagate(captured.graph, captured.weights, tensors)
-        return tail.find_predictions(
-            captured.graph, captured.weights, self.spec.targets if self.loss_fn is not None else None
-        )
+        outside = (loss_fn or self.loss_fn) is not None
+        return tail.find_predictions(captured.graph, captured.weights, self.spec.targets if outside else None)
 
     def _check_targets(self, graph: ModelGraph) -> None:
         upstream = ancestors(graph.loss)
@@ -262,9 +289,9 @@ class Compiler:
         built = self.heads
         if built is None:
             with torch.random.fork_rng():  # the caller's generator goes on as if nothing had been built
-                built = heads.insert_heads(graph, weights, blocks, predictions, self.local_loss, self.horizon)
+                built = heads.insert_heads(graph, weights, blocks, predictions, self.assignment, self.horizon)
         mutated = captured.mutated_buffers
-        losses = heads.attach_losses(graph, weights, blocks, built, predictions, mutated)
+        losses = heads.attach_losses(graph, weights, blocks, built, predictions, mutated, self.assignment, self.horizon)
         stages = make_stages(graph, weights, blocks, losses, self.horizon)
         local, bp = emit.emit_local_step(graph, stages), emit.emit_bp_step(graph, stages)
         check_isolation(local, blocks)
@@ -353,6 +380,16 @@ class Compiler:
                 return schedules(table, tensors, functools.partial(self.spec.largest, tensors), len(sizes), relative)
         except LivenessError as error:
             raise BpfxError(f"no prediction: {error}") from error
+
+
+def check_loss_fn(loss_fn: Any) -> LossFn | None:
+    """Raise unless it can be a loss."""
+    if isinstance(loss_fn, str) or not (loss_fn is None or callable(loss_fn)):
+        raise BpfxError(
+            f"loss_fn={loss_fn!r}: pass loss_fn(output, target), None for a model that returns its loss, "
+            f"or {OWN!r} for a label-free local loss without targets"
+        )
+    return loss_fn
 
 
 def check_model(model: Any) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bpfx.compiler import Compiler
+from bpfx.compiler import Compiler, LocalLosses
 from bpfx.errors import BpfxError
-from bpfx.losses import LocalLoss
 from bpfx.offset import Offset
 from bpfx.passes.batch import as_call
 from bpfx.passes.partition import Blocks
@@ -24,13 +23,13 @@ DEFAULT_MICRO_BATCHES = 4
 
 def convert(
     model: nn.Module,
-    loss_fn: LossFn | None,
+    loss_fn: LossFn | str | None,
     batch: Any,
     *,
     blocks: Blocks = "auto",
     memory_budget: int | str | None = None,
-    local_loss: str | LocalLoss = "supervised",
-    horizon: int = 1,
+    local_loss: LocalLosses = "supervised",
+    horizon: int | None = None,
     offset: Offset | None = _DEFAULT_OFFSET,
     compile: str = "eager",
 ) -> Step:
@@ -40,7 +39,8 @@ def convert(
         model: any module, in any device and dtype; it is never changed. A model whose root is in eval mode is captured
             in train mode.
         loss_fn: ``loss_fn(output, target) -> scalar``; ``None`` for a model that returns its loss, an object with
-            ``.loss``, or a mapping with ``"loss"``.
+            ``.loss``, or a mapping with ``"loss"``; ``"local"`` to train without targets: a label-free local loss then
+            judges the model's output as well.
         batch: an example batch: ``(inputs, targets)`` with a ``loss_fn`` (inputs a tensor, a tuple or a dict),
             otherwise what the model is called with. The step takes batches of any size with the same structure.
         blocks: ``"auto"`` (the fewest blocks whose local step stays below 24.5 % of plain BP's predicted peak, at most
@@ -50,8 +50,10 @@ def convert(
             for those the fewest micro-batches, with which both steps of :class:`bpfx.BlockTrainer` are predicted to
             fit. The trainer takes the micro-batches from the plan; the drop-in loop runs whole batches, and warns
             where it needs more than the budget. Excludes ``blocks``.
-        local_loss: name or instance from :mod:`bpfx.losses`.
-        horizon: how many blocks a local loss sees before its head; 1 is greedy, the number of blocks is BP.
+        local_loss: name or instance from :mod:`bpfx.losses`, a pair ``(loss, weight)``, or a mapping from module names
+            (the blocks that end in the module), block numbers and ``"*"`` (all others) to those.
+        horizon: how many blocks a local loss sees before its head; 1 is greedy, the number of blocks is BP. ``None``
+            for what the local loss asks for, which is 1 but for ``loco`` (2).
         offset: :class:`bpfx.Offset`, by default ``Offset()``; ``None`` for plain local training.
         compile: ``"eager"`` (the default: nothing to wait for) or ``"inductor"``.
 
@@ -75,13 +77,13 @@ def convert(
 
 def plan(
     model: nn.Module,
-    loss_fn: LossFn | None,
+    loss_fn: LossFn | str | None,
     batch: Any,
     *,
     blocks: Blocks = "auto",
     memory_budget: int | str | None = None,
-    local_loss: str | LocalLoss = "supervised",
-    horizon: int = 1,
+    local_loss: LocalLosses = "supervised",
+    horizon: int | None = None,
     offset: Offset | None = _DEFAULT_OFFSET,
     micro_batches: int | None = None,
 ) -> Plan:

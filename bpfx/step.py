@@ -20,9 +20,10 @@ from bpfx._shelf import Parked
 from bpfx._variant import Variant
 from bpfx.compiler import Compiler
 from bpfx.errors import BpfxError, BpfxWarning
+from bpfx.losses import Views
 from bpfx.memory import format_bytes
 from bpfx.offset import Offset, RefreshData
-from bpfx.passes.batch import as_call, call_model, loss_of
+from bpfx.passes.batch import as_call, call_model, judges_output, loss_of
 from bpfx.passes.graph import HEADS
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Plan
@@ -113,6 +114,9 @@ class Step(nn.Module):
         """
         compiler = self._compiler
         if not (torch.is_grad_enabled() and self.training):
+            args, kwargs = pytree.tree_map_only(Views, lambda views: views.first, (args, kwargs))
+            if judges_output(compiler.loss_fn):
+                return self.model(*args, **kwargs)
             loss, output = call_model(self.model, compiler.loss_fn, args, kwargs)
             return loss if compiler.loss_fn is not None else output
         tensors = compiler.spec.flatten(args, kwargs)
@@ -189,7 +193,7 @@ class Step(nn.Module):
         """Measure Δ; return the local gradient of the current batch."""
         assert self.offset is not None
         samples = self._compiler.spec.samples(tensors)
-        if self.offset.batch in (None, samples) and self.offset.micro_batches == 1:
+        if self.offset.batch in (None, samples // self._compiler.spec.rows) and self.offset.micro_batches == 1:
             # The local gradients that Δ is made of are those of the training step.
             parts: list[Grads] = []
             wanted = [o for o in variant.captured.graph.outputs if isinstance(o, fx.Node)]
@@ -257,12 +261,12 @@ class Step(nn.Module):
         spec, offset = self._compiler.spec, self.offset
         assert offset is not None
         samples = spec.samples(tensors)
-        wanted = offset.batch or samples
+        wanted = offset.batch * spec.rows if offset.batch is not None else samples
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:
                 raise BpfxError(
-                    f"Offset(batch={wanted}) is larger than the current batch of {samples}; "
+                    f"Offset(batch={offset.batch}) is larger than the current batch of {samples // spec.rows}; "
                     "pass Offset(data=…), an iterable of batches, or a batch of at most that size"
                 )
             sources, have = [], 0

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
+from bpfx.losses.views import Views
 
 LossFn = Callable[..., Tensor]
 
@@ -37,6 +38,9 @@ class BatchSpec:
         batch_size: samples in the example.
         per_sample: which tensor leaves have one entry per sample in dimension 0.
         targets: indices (among the tensor leaves) of the targets, where an external loss names them.
+        rows: rows that the local loss makes of one sample; shapes and ``batch_size`` count rows.
+        expand: makes them of a batch: called with the per-sample tensors, the position of the first floating-point one
+            among them, and those of the targets.
     """
 
     spec: pytree.TreeSpec
@@ -48,6 +52,8 @@ class BatchSpec:
     batch_size: int
     per_sample: list[bool]
     targets: list[int]
+    rows: int = 1
+    expand: Callable[[list[Tensor], int, Sequence[int]], list[Tensor]] | None = None
 
     @classmethod
     def of(cls, batch: Any, has_loss_fn: bool) -> BatchSpec:
@@ -58,7 +64,7 @@ class BatchSpec:
                 "pass loss_fn=None for a model that computes its loss itself"
             )
         paths, spec = pytree.tree_flatten_with_path((args, kwargs))
-        leaves = [leaf for _, leaf in paths]
+        leaves = [leaf.first if isinstance(leaf, Views) else leaf for _, leaf in paths]
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in positions]
         if not tensors:
@@ -86,12 +92,14 @@ class BatchSpec:
         )
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Return the tensor leaves of a call, after checking that it is built like the example.
+        """Return the tensor leaves of a call, after checking that it is built like the example, and expanded.
 
         Raises:
             BpfxError: another structure, another constant, another dtype or another number of dimensions.
         """
         leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        views = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Views)}
+        leaves = [views[i].first if i in views else leaf for i, leaf in enumerate(leaves)]
         if spec != self.spec:
             raise BpfxError(
                 f"this batch is built otherwise than the example: got {_structure(args, kwargs)}, "
@@ -116,6 +124,36 @@ class BatchSpec:
                     f"{name} has dtype {tensor.dtype}, the example had {dtype}; convert the batch, or, where the "
                     "model's own dtype has changed since, call bpfx.convert again"
                 )
+        return self._expanded(tensors, {k: views[i] for k, i in enumerate(self.tensor_positions) if i in views})
+
+    def expanded(self, rows: int, expand: Callable[[list[Tensor], int, Sequence[int]], list[Tensor]]) -> BatchSpec:
+        """The same structure with ``rows`` rows for every sample, made by ``expand``."""
+        sizes = [(s[0] * rows, *s[1:]) if per else s for s, per in zip(self.shapes, self.per_sample, strict=True)]
+        return dataclasses.replace(self, shapes=sizes, batch_size=self.batch_size * rows, rows=rows, expand=expand)
+
+    def _expanded(self, tensors: list[Tensor], views: Mapping[int, Views]) -> list[Tensor]:
+        if views and self.rows != 2:
+            raise BpfxError("the batch holds bpfx.losses.Views, but the local loss takes no second view")
+        if self.rows == 1:
+            return tensors
+        chosen = [k for k, per in enumerate(self.per_sample) if per]
+        if views:
+            made = [views[k].rows if k in views else tensors[k].repeat_interleave(2, 0) for k in chosen]
+        else:
+            assert self.expand is not None
+            image = next((i for i, k in enumerate(chosen) if tensors[k].is_floating_point()), None)
+            if image is None:
+                raise BpfxError(f"no input is a floating-point tensor that rows could be made of: {self.describe()}")
+            given = [tensors[k] for k in chosen]
+            made = self.expand(given, image, [chosen.index(k) for k in self.targets if k in chosen])
+            for k, old, new in zip(chosen, given, made, strict=True):
+                if new.shape != (old.shape[0] * self.rows, *old.shape[1:]) or new.dtype != old.dtype:
+                    raise BpfxError(
+                        f"the rows made of {self.names[k]} are {tuple(new.shape)} {new.dtype}, but {self.rows} "
+                        f"for each sample of {tuple(old.shape)} {old.dtype} are needed, of the same shape and dtype"
+                    )
+        for k, new in zip(chosen, made, strict=True):
+            tensors[k] = new
         return tensors
 
     def unflatten(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -137,10 +175,10 @@ class BatchSpec:
         ]
 
     def split(self, tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
-        """At most ``count`` pieces, one sample each at least, their sizes as equal as can be."""
-        samples = self.samples(tensors)
+        """At most ``count`` pieces, one sample with all its rows each at least, their sizes as equal as can be."""
+        samples = self.samples(tensors) // self.rows
         count = min(count, samples)
-        starts = [samples * i // count for i in range(count + 1)]
+        starts = [samples * i // count * self.rows for i in range(count + 1)]
         return [self.narrow(tensors, a, b - a) for a, b in zip(starts, starts[1:], strict=False)]
 
     def largest(self, tensors: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -148,7 +186,7 @@ class BatchSpec:
         return max(self.split(tensors, count), key=self.samples)
 
     def samples(self, tensors: Sequence[Tensor]) -> int:
-        """Samples in these inputs."""
+        """Samples in these inputs; every row of a sample counts."""
         return next(t.shape[0] for t, per in zip(tensors, self.per_sample, strict=True) if per)
 
 
@@ -156,6 +194,10 @@ def call_model(
     model: Callable[..., Any], loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Any]:
     """Run the plain model: return ``(loss, output)``. The last argument is the target where ``loss_fn`` is given."""
+    if judges_output(loss_fn):
+        output = model(*args, **kwargs)
+        assert loss_fn is not None
+        return loss_fn(output, pytree.tree_leaves((args, kwargs))), output
     if loss_fn is None:
         output = model(*args, **kwargs)
         return loss_of(output), output
@@ -184,6 +226,15 @@ def loss_of(output: Any) -> Any:
             "pass labels in the batch, or a loss_fn"
         )
     return loss
+
+
+class OutputLoss(nn.Module):
+    """A loss of the model's output and its inputs, without targets: ``forward(output, inputs)``."""
+
+
+def judges_output(loss_fn: LossFn | None) -> bool:
+    """Whether a loss takes no target."""
+    return isinstance(loss_fn.loss_fn if isinstance(loss_fn, Loss) else loss_fn, OutputLoss)
 
 
 class Loss(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses import Feature, Head, HeadContext, LocalLoss, TailHead, Target
+from bpfx.losses import Assignment, Boundary, Feature, Given, Head, Predictor, TailHead, Target
 from bpfx.passes import programs, tail
 from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
 from bpfx.passes.lower import Block
@@ -28,7 +28,7 @@ class NoHead(Head):
 
     description = "none"
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def forward(self, given: Given) -> Tensor:
         raise BpfxError("this block has no head: its loss is the task loss, or nothing in it trains")
 
 
@@ -37,7 +37,7 @@ def insert_heads(
     weights: Weights,
     blocks: Sequence[Block],
     predictions: list[fx.Node],
-    local_loss: LocalLoss,
+    assignment: Assignment,
     horizon: int,
 ) -> nn.ModuleList:
     """Build one head per block whose boundary a local loss reads.
@@ -48,14 +48,15 @@ def insert_heads(
     Returns:
         A list over all blocks but the last, with :class:`NoHead` where a block has no head.
     """
-    heads: list[Head] = []
-    for block in blocks[:-1]:
-        start = block.index - horizon + 1
-        if start < 0 or not blocks[start].trainable:
-            heads.append(NoHead())
-            continue
-        heads.append(_head(graph, weights, block, blocks[start], predictions, local_loss))
-    return nn.ModuleList(heads)
+    starts = {b.index: blocks[b.index - horizon + 1] for b in blocks[:-1] if b.index >= horizon - 1}
+    training = {k: start for k, start in starts.items() if start.trainable}
+    assignment.check([(start.index, start.modules, start.name) for start in training.values()])
+    return nn.ModuleList(
+        _head(graph, weights, block, training[block.index], len(blocks), predictions, assignment)
+        if block.index in training
+        else NoHead()
+        for block in blocks[:-1]
+    )
 
 
 def attach_losses(
@@ -65,35 +66,29 @@ def attach_losses(
     heads: nn.ModuleList,
     predictions: list[fx.Node],
     mutated: set[str],
+    assignment: Assignment,
+    horizon: int,
 ) -> list[programs.BoundaryLoss | None]:
     """The local loss of every boundary that has a head."""
     if len(blocks) == 1:
         return [None]
+    judging = any(isinstance(h, Head) and h.uses_task for h in heads)
     suffix = tail.loss_program(graph, predictions) if predictions else None
-    if suffix is None:
+    if suffix is None and judging:
         raise BpfxError(
             "the loss cannot be taken apart from the model's layers, so no head can be trained with it; "
             "pass the loss as loss_fn, or use blocks=1"
         )
+    task = programs.TaskLoss(suffix, weights, frozenset(mutated)) if suffix is not None else None
     losses: list[programs.BoundaryLoss | None] = []
     for k, head in enumerate(heads):
         assert isinstance(head, Head)
         if isinstance(head, NoHead):
             losses.append(None)
             continue
-        losses.append(
-            programs.BoundaryLoss(
-                k,
-                head,
-                head.inputs,
-                suffix.module,
-                suffix.inputs,
-                suffix.weights,
-                weights,
-                frozenset(mutated),
-                suffix.random,
-            )
-        )
+        start = blocks[k - horizon + 1]
+        weighted = assignment.of(start.index, start.modules)
+        losses.append(programs.BoundaryLoss(k, head, task if head.uses_task else None, weights, weighted))
     return [*losses, None]
 
 
@@ -127,39 +122,74 @@ def _weights_behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
     return {a for a in seen if a.op == "placeholder"}
 
 
+def entering(first: Block) -> list[fx.Node]:
+    """What enters a block and carries a gradient; the floating-point inputs of the batch where nothing does."""
+    live = [n for n in first.inputs if n.name in first.differentiable]
+    given = [n for n in first.inputs if isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point()]
+    return live or given
+
+
 def _head(
     graph: ModelGraph,
     weights: Weights,
     block: Block,
     first: Block,
+    count: int,
     predictions: list[fx.Node],
-    local_loss: LocalLoss,
+    assignment: Assignment,
 ) -> Head:
     nodes = head_features(block)
-    features = [_feature(graph, n) for n in nodes]
-    targets = [Target(tuple(p.meta["val"].shape), graph.batch_dims.get(p)) for p in predictions]
-    copied = None
-    if len(nodes) == 1:
-        found = tail.find_tail(graph, weights, nodes[0], predictions)
-        if found is not None:
-            own = sum(tensor_bytes(weights[n]) for n in {*first.weights, *block.weights})
-            rows = []
-            for name in found.weights:
-                tensor = weights[name]
-                # A vocabulary-sized readout at every boundary would outweigh the blocks themselves.
-                rows.append((name, tensor, tensor_bytes(tensor) <= max(own, 2**20)))
-            copied = TailHead(found.module, found.inputs, rows, weights.__getitem__)
     linear = tail.last_linear(graph, predictions)
-    context = HeadContext(
-        features,
-        targets,
-        copied,
-        (weights[linear[0]], weights[linear[1]] if linear[1] else None) if linear else None,
+    boundary = Boundary(
+        features=[feature(graph, n) for n in nodes],
+        targets=[Target(tuple(p.meta["val"].shape), graph.batch_dims.get(p)) for p in predictions],
+        index=first.index,
+        count=count,
+        inputs=[feature(graph, n) for n in graph.inputs if n is not None],
+        labels=_labels(graph, predictions),
+        entering=[feature(graph, n) for n in entering(first)],
+        tail=_tail(graph, weights, block, first, nodes, predictions),
+        last_linear=(weights[linear[0]], weights[linear[1]] if linear[1] else None) if linear else None,
     )
-    return local_loss.head(context)
+    return assignment.of(first.index, first.modules).loss.head(boundary)
 
 
-def _feature(graph: ModelGraph, node: fx.Node) -> Feature:
+def _tail(
+    graph: ModelGraph,
+    weights: Weights,
+    block: Block,
+    first: Block,
+    nodes: list[fx.Node],
+    predictions: list[fx.Node],
+) -> Callable[[bool], Predictor] | None:
+    """Makes the model's own last layers a head for these features; ``None`` where they do not take them."""
+    found = tail.find_tail(graph, weights, nodes[0], predictions) if len(nodes) == 1 else None
+    if found is None:
+        return None
+    own = sum(tensor_bytes(weights[n]) for n in {*first.weights, *block.weights})
+
+    def make(copy: bool) -> TailHead:
+        # A vocabulary-sized readout at every boundary would outweigh the blocks themselves.
+        rows = [(n, weights[n], copy and tensor_bytes(weights[n]) <= max(own, 2**20)) for n in found.weights]
+        return TailHead(found.module, found.inputs, rows, weights.__getitem__)
+
+    return make
+
+
+def _labels(graph: ModelGraph, predictions: list[fx.Node]) -> int | None:
+    """Position of the one input that holds an integer label per sample and that the loss reads."""
+    suffix = tail.loss_program(graph, predictions) if predictions else None
+    found = []
+    for i in suffix.inputs if suffix is not None else ():
+        node = graph.inputs[i]
+        value = node.meta.get("val") if node is not None else None
+        if isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32, torch.uint8):
+            found.append(i)
+    return found[0] if len(found) == 1 else None
+
+
+def feature(graph: ModelGraph, node: fx.Node) -> Feature:
+    """What a local loss may know of a value."""
     value = node.meta["val"]
     batch = graph.batch_dims.get(node, 0)
     channel = value.dim() - 1

@@ -32,7 +32,8 @@ class JointGradient:
         self.shapes: Shapes | None = None
         self.run: Callable[..., Any] | None = None
         loss = program.local_loss
-        self.weight_names = [*program.block.weights, *(loss.loss_weights if loss is not None else ())]
+        task = loss.task if loss is not None else None
+        self.weight_names = [*program.block.weights, *(task.names if task is not None else ())]
         self.head_names = loss.tensor_names if loss is not None else []
         self.gradient_names, _ = program.gradient_inputs()
 
@@ -99,6 +100,7 @@ def compile_local_gradients(programs: Sequence[LocalGradient], backend: str) -> 
     """
     compiled: dict[str, Callable[..., Any]] = {}
     for program in programs:
-        borrows = program.local_loss is not None and program.local_loss.head.borrows
-        if not (program.block.random or program.block.opaque or program.ahead or borrows):
+        loss = program.local_loss
+        apart = loss is not None and (loss.head.borrows or loss.random)
+        if not (program.block.random or program.block.opaque or program.ahead or apart):
             program.__dict__["joint"] = JointGradient(program, backend, compiled)

@@ -15,43 +15,56 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from bpfx.losses import Head
+from bpfx.losses import Given, Head, Weighted
 from bpfx.passes.graph import HEADS, Weights
 from bpfx.passes.lower import Block
 from bpfx.passes.ownership import owned
 from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
+from bpfx.passes.tail import SubProgram
 
 Grads = dict[str, Tensor]
 Sink = Callable[[str, Tensor], None]
 
 
+class TaskLoss:
+    """The model's own loss as a function of predictions: ``task(inputs)(*predictions)`` is a scalar."""
+
+    def __init__(self, suffix: SubProgram, weights: Weights, mutated: frozenset[str]) -> None:
+        self.program, self.inputs, self.names = suffix.module, tuple(suffix.inputs), tuple(suffix.weights)
+        self.weights, self.mutated, self.random = weights, mutated, suffix.random
+
+    def __call__(self, inputs: Sequence[Any]) -> Callable[..., Tensor]:
+        # What the loss keeps of its own (a class centre, a running scale) belongs to the model's predictions alone.
+        constants = [self.weights[n].detach() for n in self.names]
+        constants = [t.clone() if n in self.mutated else t for n, t in zip(self.names, constants, strict=True)]
+        rest = (*(inputs[i] for i in self.inputs), *constants)
+        return lambda *predictions: self.program(*predictions, *rest)
+
+
 class BoundaryLoss(nn.Module):
-    """A head and the model's own loss on its predictions: ``forward(features, inputs)`` returns a scalar."""
+    """A head and all it is given: ``forward(features, inputs, entering)`` returns a scalar.
+
+    Args:
+        block: whose boundary it is.
+        head: computes the local loss.
+        task: the model's own loss; ``None`` for a head that does not ask for it.
+        weights: looks up what replaces the head's parameters for a while.
+        weighted: the factor of the local loss.
+    """
 
     head: Head
-    call: Callable[..., Any]
-    loss: Callable[..., Any]
+    call: Callable[..., Tensor]
+    task: TaskLoss | None
     weights: Weights
 
-    def __init__(
-        self,
-        block: int,
-        head: Head,
-        head_inputs: Sequence[int],
-        loss: Callable[..., Any],
-        loss_inputs: Sequence[int],
-        loss_weights: Sequence[str],
-        weights: Weights,
-        mutated: frozenset[str] = frozenset(),
-        random: bool = False,
-    ) -> None:
+    def __init__(self, block: int, head: Head, task: TaskLoss | None, weights: Weights, weighted: Weighted) -> None:
         super().__init__()
         # Owned by the step and the model, not by this module.
-        self.__dict__.update(head=head, call=head, loss=loss, weights=weights)
-        self.block = block
-        self.head_inputs, self.loss_inputs = tuple(head_inputs), tuple(loss_inputs)
-        self.loss_weights = tuple(loss_weights)
-        self.mutated, self.random = mutated, random
+        self.__dict__.update(head=head, call=head, task=task, weights=weights)
+        self.block, self.name, self.weight = block, weighted.loss.name, weighted.weight
+        self.inputs = frozenset((*head.inputs, *(task.inputs if task is not None else ())))
+        self.reads = frozenset((*head.borrows, *(task.names if task is not None else ())))
+        self.random = head.random or (task is not None and task.random)
         self.parameter_names = [f"{HEADS}{block}.{name}" for name, _ in head.named_parameters()]
         self.tensor_names = self.parameter_names + [f"{HEADS}{block}.{name}" for name, _ in head.named_buffers()]
 
@@ -64,22 +77,19 @@ class BoundaryLoss(nn.Module):
         """Parameters and buffers of the head, in the order of ``tensor_names``."""
         return [*self.head.parameters(), *self.head.buffers()]
 
-    def forward(self, features: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        arguments = (*features, *(inputs[i] for i in self.head_inputs))
+    def given(self, features: Sequence[Tensor], inputs: Sequence[Any], entering: Sequence[Tensor] = ()) -> Given:
+        """What the head is called with."""
+        task = self.task(inputs) if self.task is not None else None
+        return Given(tuple(features), tuple(inputs), tuple(entering), task)
+
+    def forward(self, features: Sequence[Tensor], inputs: Sequence[Any], entering: Sequence[Tensor] = ()) -> Tensor:
+        given = self.given(features, inputs, entering)
+        # The draws of a head must not shift those of the blocks.
+        state = get_rng_state() if self.random else ()
         swapped = self.weights.overridden(f"{HEADS}{self.block}.")
-        predictions = torch.func.functional_call(self.head, swapped, arguments) if swapped else self.call(*arguments)
-        if not isinstance(predictions, tuple):
-            predictions = (predictions,)
-        # What the loss keeps of its own (a class centre, a running scale) belongs to the model's predictions alone.
-        constants = [self.weights[n].detach() for n in self.loss_weights]
-        constants = [t.clone() if n in self.mutated else t for n, t in zip(self.loss_weights, constants, strict=True)]
-        arguments = (*predictions, *(inputs[i] for i in self.loss_inputs), *constants)
-        if not self.random:
-            return self.loss(*arguments)
-        state = get_rng_state()  # the draws of a head's loss must not shift those of the blocks
-        loss = self.loss(*arguments)
+        loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else self.call(given)
         set_rng_state(state)
-        return loss
+        return loss if self.weight == 1.0 else loss * self.weight
 
 
 class BlockProgram(nn.Module):
@@ -157,12 +167,13 @@ class LocalGradient(BlockProgram):
         weights: Weights,
         local_loss: BoundaryLoss | None,
         feature_names: Sequence[str],
+        entering_names: Sequence[str],
         user_inputs: Sequence[str],
     ) -> None:
         super().__init__(window[0], weights)
         self.__dict__.update(ahead=[BlockProgram(b, weights) for b in window[1:]], local_loss=local_loss, joint=None)
         self.argument_names = tuple(argument_names)
-        self.feature_names = tuple(feature_names)
+        self.feature_names, self.entering_names = tuple(feature_names), tuple(entering_names)
         self.user_inputs = tuple(user_inputs)
         self.last = window[-1]
 
@@ -170,6 +181,7 @@ class LocalGradient(BlockProgram):
         """The block's outputs and its local loss, with the autograd graph between them."""
         env: dict[str, Any] = dict(zip(self.argument_names, values, strict=True))
         values.clear()
+        entering = [env[n] for n in self.entering_names]
         outputs = self._run(self, env)
         if self.ahead:
             # Looking ahead draws what the blocks ahead will draw themselves a moment later.
@@ -180,7 +192,7 @@ class LocalGradient(BlockProgram):
         if self.local_loss is None:
             return outputs, env[self.last.outputs[0].name]
         inputs = [env.get(name) for name in self.user_inputs]
-        return outputs, self.local_loss([env[n] for n in self.feature_names], inputs)
+        return outputs, self.local_loss([env[n] for n in self.feature_names], inputs, entering)
 
     def _run(self, program: BlockProgram, env: dict[str, Any], ahead: bool = False) -> tuple[Any, ...]:
         block = program.block

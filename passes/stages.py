@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from bpfx.passes.graph import ModelGraph, Weights
-from bpfx.passes.heads import head_features
+from bpfx.passes.heads import entering, head_features
 from bpfx.passes.lower import Block
 from bpfx.passes.programs import BoundaryLoss, Forward, ForwardOnce, LocalGradient, LossGradient, VectorJacobian
 
@@ -90,12 +90,13 @@ def _stage(
     arguments = dict.fromkeys(n for b in window for n in b.inputs if n not in made)
     reads = {n for b in window for n in b.weights}
     features: list[str] = []
+    entered: list[str] = []
     if local_loss is not None:
-        needs = {*local_loss.head_inputs, *local_loss.loss_inputs}
-        arguments.update(dict.fromkeys(n for i, n in enumerate(user_inputs) if i in needs))
+        arguments.update(dict.fromkeys(n for i, n in enumerate(user_inputs) if i in local_loss.inputs))
         features = [n.name for n in head_features(window[-1])]
-        reads |= {*local_loss.loss_weights, *local_loss.head.borrows}
+        entered = [n.name for n in entering(block)] if local_loss.head.uses_entering else []
+        reads |= local_loss.reads
     local = LocalGradient(
-        window, [n.name for n in arguments], weights, local_loss, features, [n.name for n in user_inputs]
+        window, [n.name for n in arguments], weights, local_loss, features, entered, [n.name for n in user_inputs]
     )
     return Stage(block, local, list(arguments), forward, vjp, reads)

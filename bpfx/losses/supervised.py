@@ -1,94 +1,18 @@
-"""Local losses: how a block is told what to do. A registry by name; the auxiliary heads live here too.
-
-A local loss builds one head per boundary and returns a scalar. ``"supervised"`` (Belilovsky et al., 2019, and
-logit-lens heads for language models) puts a prediction head on the block's output and applies the model's own loss.
-"""
+"""Prediction heads judged by the task loss: the model's own last layers, or a pooled linear map."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bpfx.errors import BpfxError, suggest
+from bpfx.losses.protocol import Boundary, Feature, LocalLoss, Predictor, Target, average
 
 
-@dataclasses.dataclass(frozen=True)
-class Feature:
-    """What crosses a boundary: one tensor.
-
-    Attributes:
-        name: of the value in the graph.
-        shape: in the example batch.
-        batch_dim: the dimension that counts samples.
-        channel_dim: the dimension that counts features.
-        dtype, device: of the value.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    batch_dim: int
-    channel_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def channels(self) -> int:
-        return self.shape[self.channel_dim]
-
-    @property
-    def kind(self) -> str:
-        """``vector``, ``tokens`` (features last) or ``image`` (features anywhere, two or more positions)."""
-        if len(self.shape) == 2:
-            return "vector"
-        return "tokens" if len(self.shape) == 3 and self.channel_dim == 2 else "image"
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A prediction that the loss is computed from: its shape in the example batch and its batch dimension."""
-
-    shape: tuple[int, ...]
-    batch_dim: int | None
-
-
-@dataclasses.dataclass
-class HeadContext:
-    """Everything a local loss may use to build a head.
-
-    Attributes:
-        features: what the head reads.
-        targets: what it has to predict.
-        tail: a copy of the model's own last layers for these features, where the shapes allow.
-        last_linear: weight and bias of the model's own last linear layer.
-    """
-
-    features: list[Feature]
-    targets: list[Target]
-    tail: TailHead | None
-    last_linear: tuple[Tensor, Tensor | None] | None
-
-
-class Head(nn.Module):
-    """An auxiliary head: ``forward(*features, *inputs)`` returns predictions shaped like the model's own.
-
-    Attributes:
-        inputs: indices of the user inputs it reads beside the features.
-        description: one short line for the plan.
-        borrows: names of the weights of the model that it reads, without a gradient.
-    """
-
-    inputs: tuple[int, ...] = ()
-    description: str = ""
-    borrows: tuple[str, ...] = ()
-
-
-class TailHead(Head):
+class TailHead(Predictor):
     """The model's own last layers, copied (or read without a gradient where a copy would outweigh the block).
 
     Args:
@@ -129,12 +53,12 @@ class TailHead(Head):
             f", {len(borrowed)} weights borrowed" if borrowed else ""
         )
 
-    def forward(self, *values: Tensor) -> Tensor:
+    def predict(self, *values: Tensor) -> Tensor:
         weights = [getattr(self, key) if own else self._borrow(key).detach() for key, own in self._order]
         return self.program(*values, *weights)
 
 
-class LinearHead(Head):
+class LinearHead(Predictor):
     """Normalise (tokens), pool, one linear layer: a prediction of any shape from features of any kind.
 
     Images are averaged over their positions, or mapped by a 1×1 convolution and resized where the prediction is dense;
@@ -152,7 +76,7 @@ class LinearHead(Head):
         self.linears = nn.ModuleList(nn.Linear(width, _outputs(t, self._form(t))) for t in self.targets)
         forms = ", ".join(dict.fromkeys(self._form(t) for t in self.targets))
         self.description = f"{first.kind} {width} → {forms} linear"
-        self.to(device=first.device, dtype=first.dtype if first.dtype.is_floating_point else None)
+        self.place(first)
 
     def _form(self, target: Target) -> str:
         """How the positions of the features become those of the prediction."""
@@ -167,12 +91,9 @@ class LinearHead(Head):
                 return "per token, flat"
         return "pooled"
 
-    def forward(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def predict(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         # Samples first, features last, positions in between.
-        rows = [
-            norm(v.movedim((f.batch_dim, f.channel_dim), (0, -1)))
-            for v, f, norm in zip(values, self.features, self.norms, strict=True)
-        ]
+        rows = [norm(f.rows(v)) for v, f, norm in zip(values, self.features, self.norms, strict=True)]
         results = tuple(self._predict(rows, t, linear) for t, linear in zip(self.targets, self.linears, strict=True))
         return results[0] if len(results) == 1 else results
 
@@ -189,17 +110,11 @@ class LinearHead(Head):
                 # Another sequence than the predicted one (an encoder's): resize along the tokens.
                 tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), target.shape[1]).transpose(1, 2)
             return tokens
-        flat = linear(torch.cat([_average(r) for r in rows], -1))
+        flat = linear(torch.cat([average(r) for r in rows], -1))
         shape = list(target.shape)
         dim = target.batch_dim if target.batch_dim is not None else 0
         rest = shape[:dim] + shape[dim + 1 :]
         return flat.reshape(flat.shape[0], *rest).movedim(0, dim)
-
-
-def _average(rows: Tensor) -> Tensor:
-    """Mean over the positions. A sum's backward is an expanded view, a mean's would be a second activation."""
-    positions = list(range(1, rows.dim() - 1))
-    return rows.sum(positions) / math.prod(rows.shape[1:-1]) if positions else rows
 
 
 def _outputs(target: Target, form: str) -> int:
@@ -211,17 +126,7 @@ def _outputs(target: Target, form: str) -> int:
     return math.prod(target.shape[:dim] + target.shape[dim + 1 :])
 
 
-class LocalLoss(Protocol):
-    """What the compiler asks of a local loss: a name, and a head for what crosses a boundary."""
-
-    name: str
-
-    def head(self, context: HeadContext) -> Head:
-        """Build the head for one boundary; it is trained with the model's own loss on its predictions."""
-        ...
-
-
-class Supervised:
+class Supervised(LocalLoss):
     """The task loss on the prediction of a head (greedy local learning).
 
     The head starts as a copy of the model's own last layers where a block's output has the shape they expect, and is
@@ -232,12 +137,12 @@ class Supervised:
 
     name = "supervised"
 
-    def head(self, context: HeadContext) -> Head:
-        if context.tail is not None:
-            return context.tail
-        head = LinearHead(context.features, context.targets)
-        if context.last_linear is not None and len(head.linears) == 1:
-            linear, (weight, bias) = head.linears[0], context.last_linear
+    def head(self, boundary: Boundary) -> Predictor:
+        if boundary.tail is not None:
+            return boundary.tail(True)
+        head = LinearHead(boundary.features, boundary.targets)
+        if boundary.last_linear is not None and len(head.linears) == 1:
+            linear, (weight, bias) = head.linears[0], boundary.last_linear
             assert isinstance(linear, nn.Linear)
             if linear.weight.shape == weight.shape:
                 with torch.no_grad():
@@ -245,25 +150,3 @@ class Supervised:
                     linear.bias.copy_(bias if bias is not None else torch.zeros_like(linear.bias))
                 head.description += ", from the model's own"
         return head
-
-
-_REGISTRY: dict[str, Callable[[], LocalLoss]] = {"supervised": Supervised}
-
-
-def get(loss: str | LocalLoss) -> LocalLoss:
-    """The local loss of that name, or the instance itself.
-
-    Example:
-        >>> get("supervised").name
-        'supervised'
-
-    Raises:
-        BpfxError: no local loss has that name.
-    """
-    if isinstance(loss, str):
-        if loss not in _REGISTRY:
-            raise BpfxError(f"local_loss={loss!r} is not known; {suggest(loss, _REGISTRY)}")
-        return _REGISTRY[loss]()
-    if not hasattr(loss, "head"):
-        raise BpfxError(f"local_loss={loss!r}: pass a name ({', '.join(_REGISTRY)}) or an instance from bpfx.losses")
-    return loss

@@ -13,6 +13,7 @@ from torch import nn
 
 from bpfx import data, models
 from bpfx.errors import BpfxError
+from bpfx.losses import Assignment
 from bpfx.offset import Offset
 
 __all__ = ["CONFIG_FILE", "METHODS", "Config", "build", "example_batch", "prepare"]
@@ -38,6 +39,8 @@ class Config:
         weight_decay: of AdamW.
         seed: of weights, data order and dropout.
         blocks: "auto", a number, or module names, as for `bpfx.convert`.
+        local_loss: a name from `bpfx.losses`, or one per region: "layer1=predsim,*=dgl".
+        horizon: how many blocks a local loss sees; None: what the loss asks for.
         period: iterations between two refreshes of the offset.
         offset_batch: samples of a refresh, the first ones of the training batch; None: all of it.
         micro_batches: pieces in which a refresh goes through its samples.
@@ -63,6 +66,8 @@ class Config:
     weight_decay: float = 1e-2
     seed: int = 0
     blocks: str | int | tuple[str, ...] = "auto"
+    local_loss: str = "supervised"
+    horizon: int | None = None
     period: int = 4
     offset_batch: int | None = None
     micro_batches: int = 1
@@ -79,6 +84,7 @@ class Config:
         for name in (
             "iterations",
             "batch_size",
+            "horizon",
             "period",
             "offset_batch",
             "micro_batches",
@@ -94,7 +100,9 @@ class Config:
                 f"offset_batch must be at most the batch size, {self.batch_size}, not {self.offset_batch}; "
                 "larger refreshes need bpfx.Offset(data=...) in a training loop of your own."
             )
-        self.offset()  # refuses what it cannot work with, before anything is trained
+        # Both refuse what they cannot work with, before anything is trained.
+        self.offset()
+        Assignment(self.local_losses())
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise BpfxError(f"lr must be a positive number, not {self.lr}.")
         unknown = [method for method in self.methods if method not in METHODS]
@@ -119,6 +127,13 @@ class Config:
     def offset(self) -> Offset:
         """The offset that these settings describe."""
         return Offset(self.period, self.offset_batch, self.micro_batches, self.alpha, self.lam)
+
+    def local_losses(self) -> str | dict[str | int, str]:
+        """`local_loss` as `bpfx.convert` takes it."""
+        if "=" not in self.local_loss:
+            return self.local_loss
+        pairs = [part.partition("=") for part in self.local_loss.split(",")]
+        return {int(k) if k.strip().isdecimal() else k.strip(): loss.strip() for k, _, loss in pairs}
 
     def blocks_argument(self) -> str | int | list[str]:
         """`blocks` as `bpfx.convert` takes it."""

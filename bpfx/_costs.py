@@ -56,6 +56,11 @@ class StageCosts:
         """The local gradient. ``keep``: its gradients are alive at its end; otherwise each is taken away at once."""
         return self._runner.local(keep)
 
+    @property
+    def head(self) -> Cost | None:
+        """The head's forward and backward alone; ``None`` where the block has none."""
+        return self._runner.head()
+
     def vjp(self, keep: bool) -> Cost:
         """Recomputation and backward; ``keep`` as for :meth:`local`."""
         return self._runner.vjp(keep)
@@ -126,8 +131,7 @@ class _Runner:
         key: tuple[Any, ...] = ("local", keep, *(id(p.block.source) for p in (program, *program.ahead)))
         loss = program.local_loss
         if loss is not None:
-            head = [(tuple(t.shape), t.dtype) for t in loss.tensors_now()]
-            key += (type(loss.head), loss.head.description, str(head), len(program.feature_names))
+            key += (*self._head_key(loss), len(program.feature_names))
 
         def run(given: list[Any], sink: Sink) -> list[Any]:
             *outputs, _, _ = program(given, sink)
@@ -135,6 +139,29 @@ class _Runner:
             return outputs
 
         return self._cost(key, [self.values[n.name] for n in self.stage.arguments], run, keep)[0]
+
+    def head(self) -> Cost | None:
+        program = self.stage.local
+        loss = program.local_loss if isinstance(program, LocalGradient) else None
+        if loss is None:
+            return None
+        assert isinstance(program, LocalGradient)
+        names = (program.feature_names, program.entering_names, program.user_inputs)
+        given = [[self.values.get(n) for n in part] for part in names]
+        count, after = len(given[0]), len(given[0]) + len(given[1])
+
+        def run(values: list[Any], sink: Sink) -> list[Any]:
+            features = [v.detach().requires_grad_() for v in values[:count]]
+            with torch.enable_grad():
+                value = loss(features, values[after:], values[count:after])
+                torch.autograd.grad(value, [*features, *loss.parameters_now()], allow_unused=True)
+            return []
+
+        return self._cost(("head", *self._head_key(loss)), [v for part in given for v in part], run, False)[0]
+
+    def _head_key(self, loss: programs.BoundaryLoss) -> tuple[Any, ...]:
+        head = [(tuple(t.shape), t.dtype) for t in loss.tensors_now()]
+        return type(loss.head), loss.head.description, str(head)
 
     def forward(self) -> tuple[Cost, list[Any]]:
         program = self.stage.forward

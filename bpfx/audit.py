@@ -82,7 +82,8 @@ def audit(step: Step, *batch: Any, cut: bool = True) -> Audit:
     if not isinstance(step, Step):
         raise BpfxError(f"bpfx.audit takes a converted step, not a {type(step).__name__}; call bpfx.convert first")
     compiler = step._compiler
-    tensors = compiler.spec.flatten(batch, {}) if batch else compiler.example
+    with torch.random.fork_rng():  # rows that are made at random
+        tensors = compiler.spec.flatten(batch, {}) if batch else compiler.example
     variant = compiler.variant(tensors)
     interpreter = _Interpreter(variant.local_step, step, cut)
     with preserve(compiler.weights), torch.enable_grad():

@@ -111,7 +111,12 @@ def _make_plan(config: Config) -> Plan:
 
     splits = prepare(config)
     return bpfx.plan(
-        build(config, splits), F.cross_entropy, example_batch(config, splits), blocks=config.blocks_argument()
+        build(config, splits),
+        F.cross_entropy,
+        example_batch(config, splits),
+        blocks=config.blocks_argument(),
+        local_loss=config.local_losses(),
+        horizon=config.horizon,
     )
 
 
@@ -209,6 +214,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", "images per step", type=int, metavar="N")
     add("--blocks", "auto, a number, or module names: layer1,layer2.0", type=_blocks, metavar="WHICH")
+    add("--local-loss", "a name, or one per region: layer1=predsim,*=dgl", metavar="NAME")
+    add("--horizon", "blocks that a local loss sees; default: what the loss asks for", type=int, metavar="H")
     add("--seed", "of weights, data order and dropout", type=int, metavar="N")
     add("--device", "cpu or cuda", metavar="NAME")
 

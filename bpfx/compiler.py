@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bpfx._budget import within_budget
 from bpfx._offset_state import OffsetState
-from bpfx._predict import Table, arrange, block_peaks, drop_in_peaks, ordered, predict_bp, schedules
+from bpfx._predict import Table, arrange, block_peaks, costs_of, drop_in_peaks, ordered, predict_bp, schedules
 from bpfx._simulate import singly
 from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
@@ -76,12 +76,14 @@ class Compiler:
         self.model, self.backend, self.horizon = model, compile, horizon
         self.budget = parse_bytes(memory_budget) if memory_budget is not None else None
         args, kwargs = as_call(batch)
-        self.spec = BatchSpec.of(batch, loss_fn is not None and loss_fn != OWN)
+        outside = None if loss_fn == OWN else check_loss_fn(loss_fn)
+        self.spec = BatchSpec.of(batch, outside is not None)
         making = self.assignment.rows
         if making is not None:
             self.spec = self.spec.expanded(making.rows, making.expand)
-        tensors = self.spec.flatten(args, kwargs)
-        self.loss_fn = self._own_loss(tensors) if loss_fn == OWN else check_loss_fn(loss_fn)
+        with torch.random.fork_rng():  # rows that are made at random
+            tensors = self.spec.flatten(args, kwargs)
+        self.loss_fn = self._own_loss(tensors) if loss_fn == OWN else outside
         captured = capture(model, self.loss_fn, self.spec, tensors)
         self.weights: Weights = captured.weights
         # What the audit runs on: a few samples, so that the caller's batch is not kept alive.
@@ -220,16 +222,20 @@ class Compiler:
                 f"loss_fn={OWN!r} trains without targets, but the local loss {wanting!r} needs a task loss; "
                 "pass a loss_fn and targets, or a label-free local loss"
             )
-        own = OwnLoss()
+        own = OwnLoss(self.assignment.of(-1, ()))
         captured = capture(self.model, own, self.spec, tensors)
         outputs = self._prepare(captured, tensors, own)
         inputs = [heads.feature(captured.graph, n) for n in captured.graph.inputs if n is not None]
         features = [heads.feature(captured.graph, n) for n in outputs]
-        own.build(self.assignment.of(-1, ()).loss, features, inputs, 1)
+        own.build(features, inputs, 1)
         return own
 
     def _prepare(self, captured: Captured, tensors: Sequence[Tensor], loss_fn: LossFn | None = None) -> list[fx.Node]:
         shapes.propagate(captured.graph, captured.weights, tensors)
+        return self.predictions_of(captured, loss_fn)
+
+    def predictions_of(self, captured: Captured, loss_fn: LossFn | None = None) -> list[fx.Node]:
+        """What the task loss of a captured graph is computed from."""
         outside = (loss_fn or self.loss_fn) is not None
         return tail.find_predictions(captured.graph, captured.weights, self.spec.targets if outside else None)
 
@@ -307,10 +313,13 @@ class Compiler:
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:
         predicted: dict[str, int] = {}
         local_peaks: dict[int, int] = {}
+        head_flops: dict[int, int] = {}
         try:
             predicted["bp"] = predict_bp(variant.captured, tensors).peak_bytes
             predicted.update(drop_in_peaks(self.weights, variant, tensors, ("local", "bp_blocks", "refresh")))
             local_peaks = block_peaks(self.weights, variant)
+            costs = [(c.stage.index, c.head) for c in costs_of(self.weights, variant, tensors)]
+            head_flops = {k + self.horizon - 1: cost.flops for k, cost in costs if cost is not None}
         except LivenessError as error:
             predicted = {}
             self._notes.append(f"no prediction: {error}")
@@ -333,6 +342,8 @@ class Compiler:
                     outputs=_crossings(block.outputs, block),
                     head=loss.head.description if loss is not None else None,
                     head_parameters=sum(p.numel() for p in loss.head.parameters()) if loss is not None else 0,
+                    head_bytes=sum(tensor_bytes(p) for p in loss.head.parameters()) if loss is not None else 0,
+                    head_flops=head_flops.get(block.index),
                     opaque=block.opaque,
                     local_peak_bytes=local_peaks.get(block.index),
                 )

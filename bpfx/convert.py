@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bpfx.compiler import Compiler, LocalLosses
@@ -106,7 +107,8 @@ def plan(
     if micro_batches is not None:
         check_micro_batches(micro_batches)
     compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon)
-    made, tensors = compiler.plan, compiler.spec.flatten(*as_call(batch))
+    with torch.random.fork_rng():
+        made, tensors = compiler.plan, compiler.spec.flatten(*as_call(batch))
     # Without a budget, what a user would try first.
     usual = made.micro_batches if memory_budget is not None else DEFAULT_MICRO_BATCHES
     count = micro_batches if micro_batches is not None else usual

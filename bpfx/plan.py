@@ -36,6 +36,9 @@ class BlockPlan:
         inputs, outputs: what crosses into it and out of it.
         head: the auxiliary head in words, ``None`` where there is none.
         head_parameters: numbers that the head trains.
+        head_bytes: their size.
+        head_flops: floating-point operations of the head's forward and backward on the example batch; ``None`` where
+            they are not predicted.
         opaque: module paths that run as themselves.
         local_peak_bytes: predicted peak of its forward, head and backward alone; ``None`` where it is not predicted.
     """
@@ -50,6 +53,8 @@ class BlockPlan:
     outputs: list[Crossing]
     head: str | None
     head_parameters: int
+    head_bytes: int
+    head_flops: int | None
     opaque: list[str]
     local_peak_bytes: int | None
 
@@ -131,6 +136,12 @@ class Plan:
                 )
             )
         lines = _columns(rows)
+        heads = [b for b in self.blocks if b.head_parameters]
+        if heads:
+            numbers, size = sum(b.head_parameters for b in heads), sum(b.head_bytes for b in heads)
+            work = [b.head_flops for b in heads if b.head_flops is not None]
+            flops = f", {_count(sum(work))}FLOPs a step" if work else ""
+            lines.append(f"heads: {numbers:,} parameters, {format_bytes(size)}{flops}")
         lines.append("")
         words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block", "refresh": "refresh"}
         if self.schedules:
@@ -172,6 +183,14 @@ def _schedule_table(schedules: list[Schedule], batch: int) -> list[str]:
         rows.append((s.words, str(s.micro_batches), format_bytes(s.peak_bytes), share, *parts, state, work, kind))
     table = _columns(rows)
     return [f"predicted at batch {batch}; the peak is above the state (weights, AdamW, offsets, heads):", *table]
+
+
+def _count(number: int) -> str:
+    """A number with the prefix of its size, and a space before it."""
+    for factor, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f} {prefix}"
+    return f"{number} "
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -19,12 +19,14 @@ from bpfx._serial import Piece
 from bpfx._shelf import Parked
 from bpfx._variant import Variant
 from bpfx.compiler import Compiler
+from bpfx.diagnostics import BlockScore, Diagnostics, block_scores
 from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.losses import Views
 from bpfx.memory import format_bytes
 from bpfx.offset import Offset, RefreshData
 from bpfx.passes.batch import as_call, call_model, judges_output, loss_of
 from bpfx.passes.graph import HEADS
+from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Plan
 
@@ -44,20 +46,6 @@ class StepResult:
     grads: Grads
     local_losses: list[Tensor]
     outputs: Any
-
-
-@dataclasses.dataclass
-class Diagnostics:
-    """What the refreshes measured.
-
-    Attributes:
-        refreshes: one record per refresh: ``iteration``; ``cosine``, the mean over the blocks that have an offset; and
-            ``blocks``, a list of ``block``, ``cosine`` (of BP and local gradient), ``ratio`` (‖Δ‖/‖g_BP‖),
-            ``staleness`` (cosine of the new and the old Δ; with several pieces an estimate of it), ``spread`` (share of
-            ‖Δ‖² that the micro-batches disagree on) and ``lam``, each ``None`` where there is nothing to compare.
-    """
-
-    refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Step(nn.Module):
@@ -98,6 +86,9 @@ class Step(nn.Module):
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
         self._block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
         self._trainable = compiler.weights.trainable()
+        # The blocks whose local losses a step returns.
+        stages = compiler.main.stages
+        self._learning = [s.index for s in stages if isinstance(s.local, LocalGradient) or s is stages[-1]]
         self._head_versions: list[int] = []
         self._model_versions: list[int] = []
 
@@ -127,6 +118,7 @@ class Step(nn.Module):
         local = self._refresh(variant, tensors) if self._due() else self._run_local(variant, tensors)
         grads = self._corrected(local.grads)
         self.iteration += 1
+        self.diagnostics.learning.add(dict(zip(self._learning, local.local_losses, strict=True)))
         return self._deliver(local, grads)
 
     def run_local(self, *args: Any, **kwargs: Any) -> StepResult:
@@ -138,6 +130,15 @@ class Step(nn.Module):
         """One BP step, recomputing block by block; ``.grad`` and the schedule stay as they are."""
         tensors = self._compiler.spec.flatten(args, kwargs)
         return self._run_bp(self._compiler.variant(tensors), tensors)
+
+    def evaluate_blocks(self, *args: Any, **kwargs: Any) -> list[BlockScore]:
+        """Local loss and local accuracy of every block on one batch; nothing is trained and nothing changes.
+
+        Returns:
+            One :class:`bpfx.diagnostics.BlockScore` per block that trains, the last with the task loss.
+        """
+        with torch.random.fork_rng():
+            return block_scores(self._compiler, self._compiler.spec.flatten(args, kwargs))
 
     # --- the two steps ------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,8 @@ class Trainee:
             F.cross_entropy,
             example_batch(config, splits),
             blocks=config.blocks_argument(),
+            local_loss=config.local_losses(),
+            horizon=config.horizon,
             offset=config.offset() if method == "offset" else None,
             compile=config.compile,
         )
@@ -137,6 +139,8 @@ class _Run:
             F.cross_entropy,
             example_batch(self.config, splits),
             blocks=self.config.blocks_argument(),
+            local_loss=self.config.local_losses(),
+            horizon=self.config.horizon,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._load()

@@ -276,6 +276,7 @@ class BlockTrainer:
                     for name, _ in self._named.get(k + 1, ()):
                         self.converted.offset_state.prefetch(name)
         self._idle.release()
+        self.converted.diagnostics.learning.add(self.local_losses)
         return loss
 
     def _present(self, k: int) -> None:

@@ -401,7 +401,9 @@ def _batch_symbol(inputs: Sequence[fx.Node | None], spec: BatchSpec) -> Any:
     for node, per_sample in zip(inputs, spec.per_sample, strict=True):
         if node is not None and per_sample:
             size = node.meta["val"].shape[0]
-            return size if isinstance(size, torch.SymInt) else None
+            # Code that turned the size into a number, such as len(x), has settled the symbol: the graph is static.
+            free = isinstance(size, torch.SymInt) and not size.node.expr.is_number
+            return size if free else None
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from bpfx.errors import BpfxError
 from bpfx.losses import Assignment, Boundary, Feature, Given, Head, Predictor, TailHead, Target
-from bpfx.passes import programs, tail
+from bpfx.passes import downstream, programs, tail
 from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
 from bpfx.passes.lower import Block
 
@@ -146,10 +146,11 @@ def _head(
         index=first.index,
         count=count,
         inputs=[feature(graph, n) for n in graph.inputs if n is not None],
-        labels=_labels(graph, predictions),
+        labels=class_labels(graph, predictions),
         entering=[feature(graph, n) for n in entering(first)],
         tail=_tail(graph, weights, block, first, nodes, predictions),
         last_linear=(weights[linear[0]], weights[linear[1]] if linear[1] else None) if linear else None,
+        downstream=downstream.maker(graph, weights, first, block, nodes, predictions),
     )
     return assignment.of(first.index, first.modules).loss.head(boundary)
 
@@ -176,7 +177,7 @@ def _tail(
     return make
 
 
-def _labels(graph: ModelGraph, predictions: list[fx.Node]) -> int | None:
+def class_labels(graph: ModelGraph, predictions: list[fx.Node]) -> int | None:
     """Position of the one input that holds an integer label per sample and that the loss reads."""
     suffix = tail.loss_program(graph, predictions) if predictions else None
     found = []

@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from bpfx.errors import BpfxError
-from bpfx.losses import Boundary, Feature, Given, Head, LocalLoss
+from bpfx.losses import Boundary, Feature, Given, Head, Weighted
 from bpfx.passes.batch import OutputLoss
 
 
@@ -18,19 +18,19 @@ class OwnLoss(OutputLoss):
 
     head: Head | None
 
-    def __init__(self) -> None:
+    def __init__(self, weighted: Weighted) -> None:
         super().__init__()
-        self.head = None
+        self.head, self.weighted = None, weighted
 
-    def build(self, loss: LocalLoss, features: Sequence[Feature], inputs: Sequence[Feature], count: int) -> None:
+    def build(self, features: Sequence[Feature], inputs: Sequence[Feature], count: int) -> None:
         """Build the head, now that the output is known.
 
         Args:
-            loss: label-free.
             features: the model's floating-point outputs.
             inputs: the tensors of the batch.
             count: of the output as a boundary, which lies behind the last block.
         """
+        loss = self.weighted.loss
         self.head = loss.head(Boundary(list(features), index=count - 1, count=count, inputs=list(inputs)))
         if self.head.uses_task or self.head.uses_entering:
             raise BpfxError(
@@ -43,7 +43,8 @@ class OwnLoss(OutputLoss):
         if self.head is None:  # only to find out what the output is
             total: Tensor = sum(v.float().square().mean() for v in values)  # type: ignore[assignment]
             return total
-        return self.head(Given(tuple(values), tuple(inputs)))
+        found: Tensor = self.head(Given(tuple(values), tuple(inputs)))
+        return found * self.weighted.weight
 
 
 def floating(output: Any) -> list[Tensor]:

@@ -219,6 +219,13 @@ def test_plan_prints_blocks_and_trains_nothing(capsys: pytest.CaptureFixture[str
     assert "stem" in capsys.readouterr().out
 
 
+def test_local_losses_are_chosen_by_region(capsys: pytest.CaptureFixture[str]) -> None:
+    which = ["--local-loss", "0=predsim,*=dgl", "--horizon", "1"]
+    assert cli.main(["plan", "--batch-size", "8", "--blocks", "3", *which]) == 0
+    printed = capsys.readouterr().out
+    assert "similarity" in printed and "DGL" in printed
+
+
 def test_draw_writes_the_picture(tmp_path: Path) -> None:
     out = tmp_path / "model.svg"
     assert cli.main(["draw", "--batch-size", "8", "--blocks", "3", "--out", str(out)]) == 0
@@ -242,6 +249,8 @@ def test_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--data", "CIFAR11"], "Unknown data set 'CIFAR11'"),
         (["train", "--data", "FashionMNIST"], "FashionMNIST needs --data-root"),
         (["train", "--iterations", "0"], "iterations must be at least 1, not 0"),
+        (["train", "--local-loss", "nope"], "local_loss='nope' is not known; the known ones are auglocal"),
+        (["plan", "--horizon", "0"], "horizon must be at least 1, not 0"),
         (["train", "--period", "0"], "period must be at least 1, not 0"),
         (["train", "--lambda", "much"], "argument --lambda: 'much' is neither a number nor auto"),
         (["train", "--lambda", "-1"], "lam=-1.0"),

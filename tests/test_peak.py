@@ -51,6 +51,19 @@ def test_predicted_peak_is_the_measured_one(kind: str) -> None:
     assert measure_peak(lambda: call(*batch)).peak_bytes == pytest.approx(step.plan.predicted[kind], rel=0.1)
 
 
+def test_peak_grows_with_the_horizon_as_predicted() -> None:
+    model, batch = stack(6)
+    peaks = []
+    for horizon in (1, 2, 3, 7):
+        step = bpfx.convert(
+            model, F.cross_entropy, batch, blocks=[str(k) for k in range(1, 7)], horizon=horizon, offset=None
+        )
+        peak = measure_peak(lambda step=step: step.run_local(*batch)).peak_bytes
+        assert peak == pytest.approx(step.plan.predicted["local"], rel=0.1)
+        peaks.append(peak)
+    assert peaks == sorted(peaks) and peaks[2] > 1.2 * peaks[0]
+
+
 def test_drop_in_loop_needs_no_second_set_of_gradients() -> None:
     """`loss.backward()` hands the gradients over; it does not copy them."""
     model = nn.Sequential(nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 4))

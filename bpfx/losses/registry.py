@@ -120,11 +120,14 @@ class Assignment:
         return all(loss.label_free for loss in self.losses)
 
     def _rows(self) -> LocalLoss | None:
-        making = {type(loss): loss for loss in self.losses if loss.rows > 1}
-        if len(making) > 1:
-            words = " and ".join(sorted(loss.name for loss in making.values()))
-            raise BpfxError(f"{words} each make rows of their own from a batch and cannot be mixed; choose one of them")
-        return next(iter(making.values()), None)
+        making = [loss for loss in self.losses if loss.rows > 1]
+        for other in making[1:]:
+            if type(other) is not type(making[0]) or vars(other) != vars(making[0]):
+                raise BpfxError(
+                    f"{making[0].name} and {other.name} each make rows of their own from a batch; give all blocks that "
+                    "have such a loss the same instance"
+                )
+        return making[0] if making else None
 
     def of(self, index: int, modules: Sequence[str]) -> Weighted:
         """The loss of one block.

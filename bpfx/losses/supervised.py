@@ -105,11 +105,14 @@ class LinearHead(Predictor):
         if form.startswith("per token"):
             tokens = linear(torch.cat(rows, -1))
             if form.endswith("flat"):
-                return tokens.flatten(0, 1)
-            if self.features[0].shape[1] != target.shape[1]:
+                # In the order of the feature's own dimensions: a sequence that comes first stays first.
+                return (tokens.transpose(0, 1) if self.features[0].batch_dim else tokens).flatten(0, 1)
+            dim = target.batch_dim or 0
+            length = target.shape[1 - dim]
+            if self.features[0].shape[1 - self.features[0].batch_dim] != length:
                 # Another sequence than the predicted one (an encoder's): resize along the tokens.
-                tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), target.shape[1]).transpose(1, 2)
-            return tokens
+                tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), length).transpose(1, 2)
+            return tokens.transpose(0, 1) if dim == 1 else tokens
         flat = linear(torch.cat([average(r) for r in rows], -1))
         shape = list(target.shape)
         dim = target.batch_dim if target.batch_dim is not None else 0

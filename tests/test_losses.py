@@ -1,0 +1,433 @@
+"""Every local loss on real models: isolated, finite, learning, equal to BP at full horizon, and gone from the model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from oracles import assert_gradients, bp_oracle, run
+from torch import Tensor, nn
+
+import bpfx
+from bpfx import losses
+from bpfx.losses import Boundary, Given, Head, LocalLoss
+
+Make = Callable[[], Any]
+
+
+def noisy(x: Tensor) -> Tensor:
+    """An augmentation for the tests: images with a little noise."""
+    return x + 0.1 * torch.randn_like(x)
+
+
+# Every registered loss; the second column says what it is made of here, the third what it can be used on.
+LOSSES: dict[str, tuple[Make, str]] = {
+    "supervised": (lambda: "supervised", "image tokens language"),
+    "dgl": (lambda: "dgl", "image tokens language"),
+    "predsim": (lambda: "predsim", "image tokens"),
+    "infopro": (lambda: "infopro", "image"),
+    "infopro, contrast": (lambda: losses.InfoPro(contrast="supcon"), "image"),
+    "auglocal": (lambda: "auglocal", "image tokens language"),
+    "loco": (lambda: losses.LoCo(augment=noisy), "image tokens"),
+    "loco, supervised": (lambda: losses.LoCo(supervised=True), "image tokens"),
+    "gim": (lambda: "gim", "image tokens language"),
+    "forward_forward": (lambda: losses.ForwardForward(classes=5), "image tokens"),
+    "forward_forward, symba": (lambda: losses.ForwardForward(variant="symba", classes=5), "image tokens"),
+    "forward_forward, channels": (lambda: losses.ForwardForward(variant="channels"), "image tokens"),
+    "feature_reconstruction": (
+        lambda: {"*": "feature_reconstruction", 0: "supervised"},
+        "image tokens language",
+    ),
+    "tied_readout": (lambda: "tied_readout", "language"),
+}
+
+
+class Residual(nn.Module):
+    """Two convolutions with a batch norm each, and a way around them."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.around = nn.Identity() if stride == 1 else nn.Conv2d(before, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.around(x))
+
+
+class TinyResNet(nn.Module):
+    """A stem, three residual blocks, the second of them strided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, padding=1)
+        self.blocks = nn.Sequential(Residual(10, 10, 1), Residual(10, 15, 2), Residual(15, 15, 1))
+        self.fc = nn.Linear(15, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class TinyViT(nn.Module):
+    """Patches, a class token, encoder layers, a linear readout of the class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 20, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 20) * 0.02)
+        self.layers = nn.Sequential(
+            *(nn.TransformerEncoderLayer(20, 4, 40, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3))
+        )
+        self.norm = nn.LayerNorm(20)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.layers(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+        return self.head(self.norm(x)[:, 0])
+
+
+def case_of(kind: str, size: int = 6) -> tuple[zoo.Case, list[str]]:
+    """A small residual network, vision transformer or causal language model, and where its blocks begin."""
+    if kind == "language":
+        entry = zoo.ZOO["gpt2_no_mask"]
+        case = entry.case(2)
+        return zoo.Case(case.model.float(), case.loss_fn, case.batch, case.task_loss), list(entry.cuts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TinyViT() if kind == "tokens" else TinyResNet()
+    cuts = ["layers.1", "layers.2"] if kind == "tokens" else ["blocks.1", "blocks.2"]
+    return zoo.images(model, size, side=16), cuts
+
+
+def converted(name: str, kind: str, **options: Any) -> tuple[bpfx.Step, zoo.Case]:
+    case, cuts = case_of(kind)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = bpfx.convert(
+            case.model,
+            case.loss_fn,
+            case.batch,
+            blocks=cuts,
+            local_loss=LOSSES[name][0](),
+            **{"offset": None, **options},
+        )
+    return step, case
+
+
+def loss_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.loss
+
+
+PAIRS = [(name, kind) for name, (_, kinds) in LOSSES.items() for kind in kinds.split()]
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_isolated_finite_and_learning(name: str, kind: str) -> None:
+    step, case = converted(name, kind)
+    assert bpfx.audit(step).ok
+    seen = [{n for n, p in run_local(step, case).items() if not p.isfinite().all()}]
+    assert not any(seen)
+    trained = {id(p) for p in step.parameters() if p.requires_grad}
+    optimizer = torch.optim.Adam(step.parameters(), lr=2e-3)
+    before = {s.block: s.loss for s in run(step.evaluate_blocks, case.batch)}
+    for seed in range(8):
+        optimizer.zero_grad()
+        loss_of(run(step, case.batch, seed)).backward()
+        optimizer.step()
+    after = {s.block: s.loss for s in run(step.evaluate_blocks, case.batch)}
+    assert trained and before.keys() == after.keys() == set(range(len(step.plan.blocks)))
+    lower = [k for k in before if after[k] < before[k] or before[k] < 1e-6]
+    assert lower == list(before), f"from {before} to {after}"
+
+
+def run_local(step: bpfx.Step, case: zoo.Case) -> dict[str, Tensor]:
+    result = run(step.run_local, case.batch)
+    assert all(loss.isfinite() for loss in result.local_losses)
+    assert result.grads
+    return result.grads
+
+
+@pytest.mark.parametrize("name", [n for n, (_, kinds) in LOSSES.items() if "image" in kinds])
+def test_full_horizon_is_bp(name: str) -> None:
+    """With horizon N every block's gradient is that of the task loss, whatever the local loss."""
+    case, cuts = case_of("image")
+    loss = LOSSES[name][0]()
+    loss = loss["*"] if isinstance(loss, dict) else loss
+    step = bpfx.convert(
+        case.model, case.loss_fn, case.batch, blocks=cuts, local_loss=loss, horizon=len(cuts) + 1, offset=None
+    )
+    assert not list(step.heads.parameters())
+    found, exact = run(step.run_local, case.batch), run(step.run_bp, case.batch)
+    assert_gradients(found.grads, exact.grads)
+    if step._compiler.spec.rows == 1:
+        assert_gradients(exact.grads, bp_oracle(case).grads)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_exported_model_has_no_head(name: str) -> None:
+    kind = LOSSES[name][1].split()[0]
+    case, _ = case_of(kind)
+    names = list(case.model.state_dict())
+    step, _ = converted(name, kind)
+    assert list(step.model.state_dict()) == names
+    assert type(step.model) is type(case.model)
+    if isinstance(case.batch, tuple):
+        step.eval()
+        fresh = copy.deepcopy(step.model).eval()
+        assert torch.equal(fresh(case.batch[0]), step.model(case.batch[0]))
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def test_every_registered_loss_is_in_the_table() -> None:
+    assert {name.split(",")[0] for name in LOSSES} == set(losses.names())
+
+
+class Spread(LocalLoss):
+    """A third party's: keeps the features' variance at one."""
+
+    name = "spread"
+    label_free = True
+
+    def head(self, boundary: Boundary) -> Head:
+        return SpreadHead()
+
+
+class SpreadHead(Head):
+    description = "none (spread)"
+
+    def forward(self, given: Given) -> Tensor:
+        return (given.feature.flatten(1).var(0) - 1).square().mean()
+
+
+@pytest.fixture
+def registered() -> Any:
+    losses.register(Spread)
+    yield
+    losses.registry._FACTORIES.pop("spread")
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 12), nn.ReLU(),
+        nn.Linear(12, 5),
+    )  # fmt: skip
+
+
+def batch(size: int = 6) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(size, 1, 8, 8, generator=draw), torch.randint(5, (size,), generator=draw)
+
+
+def convert(**options: Any) -> bpfx.Step:
+    return bpfx.convert(net(), F.cross_entropy, batch(), **{"blocks": ["2", "5"], "offset": None, **options})
+
+
+def test_a_third_party_registers_by_name(registered: None) -> None:
+    assert "spread" in losses.names()
+    assert [s.local_loss for s in convert(local_loss="spread").evaluate_blocks(*batch())] == ["spread"] * 2 + ["task"]
+    with pytest.raises(bpfx.BpfxError, match="'spread' is registered already"):
+        losses.register(lambda: Spread(), "spread")
+
+
+def test_a_third_party_registers_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    monkeypatch.setitem(globals(), "Distant", type("Distant", (Spread,), {"name": "distant"}))
+    point = EntryPoint("distant", f"{__name__}:Distant", losses.registry.GROUP)
+    monkeypatch.setattr(losses.registry, "entry_points", lambda group: [point] if group == "bpfx.losses" else [])
+    try:
+        assert "distant" in losses.names()
+        assert losses.get("distant").name == "distant"
+    finally:
+        losses.registry._FACTORIES.pop("distant", None)
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("supervised", ["supervised", "supervised"]),
+        ({"0": "gim"}, ["supervised", "supervised"]),
+        ({"1": "gim"}, ["gim", "supervised"]),
+        ({0: "gim"}, ["gim", "supervised"]),
+        ({1: "predsim", "*": "dgl"}, ["dgl", "predsim"]),
+        ({"4": "predsim", "1": "dgl"}, ["dgl", "predsim"]),
+    ],
+    ids=str,
+)
+def test_a_loss_per_region(choice: Any, expected: list[str]) -> None:
+    if choice == {"0": "gim"}:
+        with pytest.raises(bpfx.BpfxError, match=r"key '0'.*0 \(0 … 1\)"):
+            convert(local_loss=choice)
+        return
+    found = [s.local_loss for s in convert(local_loss=choice).evaluate_blocks(*batch())]
+    assert found == [*expected, "task"]
+
+
+def test_a_weight_scales_one_block() -> None:
+    plain = convert().run_local(*batch())
+    weighted = convert(local_loss={0: ("supervised", 0.25)}).run_local(*batch())
+    of_first = {"0.weight", "0.bias", "bpfx.heads.0.linears.0.weight", "bpfx.heads.0.linears.0.bias"}
+    assert of_first <= plain.grads.keys()
+    for name, grad in plain.grads.items():
+        torch.testing.assert_close(weighted.grads[name], grad * (0.25 if name in of_first else 1.0))
+    torch.testing.assert_close(weighted.local_losses[0], plain.local_losses[0] * 0.25)
+
+
+# --- diagnostics ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluating_blocks_changes_nothing_and_counts_right_answers() -> None:
+    case, cuts = case_of("image")
+    step = bpfx.convert(case.model, case.loss_fn, case.batch, blocks=cuts, local_loss="dgl", offset=None)
+    state, random = copy.deepcopy(step.state_dict()), torch.get_rng_state()
+    scores = step.evaluate_blocks(*case.batch)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in step.state_dict().items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, state[name]), name
+    result = run(step.run_local, case.batch)
+    torch.testing.assert_close(torch.tensor([s.loss for s in scores]), torch.stack(result.local_losses).float())
+    right = (result.outputs.argmax(1) == case.batch[1]).float().mean()
+    assert scores[-1].accuracy == pytest.approx(float(right))
+    assert all(s.accuracy is not None and 0 <= s.accuracy <= 1 for s in scores)
+
+
+def test_refreshes_and_windows_are_recorded() -> None:
+    step = convert(offset=bpfx.Offset(period=10))
+    optimizer = torch.optim.SGD(step.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        step(*batch()).backward()
+        optimizer.step()
+    assert [set(w) for w in step.diagnostics.learning.windows] == [{0, 1, 2}] * 2
+    assert all(gain > 0 for gain in step.diagnostics.learning.gains().values())
+    assert all(set(b) >= {"block", "cosine", "ratio"} for b in step.diagnostics.refreshes[0]["blocks"])
+
+
+@pytest.mark.parametrize("trainer", [False, True], ids=["drop-in", "block-serial"])
+def test_a_block_that_does_not_learn_is_named(trainer: bool) -> None:
+    step = convert()
+    first = [*step.model[0].parameters(), *step.heads[0].parameters()]
+    others = [p for p in step.parameters() if all(p is not q for q in first)]
+    with pytest.warns(bpfx.BpfxWarning, match=r"block 0 \(.*\) does not learn"):
+        if trainer:
+            stuck = {id(p) for p in first}
+
+            def factory(named: Any) -> torch.optim.Optimizer:
+                named = list(named)
+                return torch.optim.SGD(named, lr=0.0 if id(named[0][1]) in stuck else 0.1)
+
+            serial = bpfx.BlockTrainer(step, factory)
+            for _ in range(200):
+                serial.step(*batch())
+        else:
+            optimizer = torch.optim.SGD(others, lr=0.1)
+            for _ in range(200):
+                optimizer.zero_grad()
+                step(*batch()).backward()
+                optimizer.step()
+
+
+def test_the_plan_shows_what_heads_cost() -> None:
+    plan = bpfx.plan(net(), F.cross_entropy, batch(), blocks=["2", "5"], offset=None)
+    first = plan.blocks[0]  # mean over the positions, then linear, 6 features to 5 classes
+    assert first.head_parameters == 6 * 5 + 5
+    assert first.head_bytes == 4 * first.head_parameters
+    assert first.head_flops == 3 * 2 * len(batch()[0]) * 6 * 5  # forward, gradient of the features, of the weights
+    assert plan.blocks[-1].head_bytes == 0 and plan.blocks[-1].head_flops is None
+    every = sum(b.head_parameters for b in plan.blocks)
+    assert f"heads: {every:,} parameters" in str(plan)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_loss": "supervisd"}, r"'supervisd' is not known; the known ones are auglocal, dgl, .*supervised"),
+        ({"local_loss": 3}, r"local_loss=3: pass a name"),
+        ({"local_loss": ("supervised", 0)}, r"weight is 0, it must be positive"),
+        ({"local_loss": ("supervised", 1, 2)}, r"pass a loss, or a pair"),
+        ({"local_loss": {2.5: "supervised"}}, r"key 2.5; keys are module names"),
+        ({"local_loss": {"layer9": "supervised"}}, r"'layer9', but no block .*0 \(0 … 1\)"),
+        ({"local_loss": {0: "loco", 1: "supervised"}}, r"different horizons \(supervised 1, loco 2\)"),
+        ({"local_loss": "loco"}, r"loco compares two views .*LoCo\(augment=...\).*Views\(first, second\)"),
+    ],
+)  # fmt: skip
+def test_bad_choices_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(bpfx.BpfxError, match=message):
+        convert(**options)
+
+
+@pytest.mark.parametrize("name", ["supervised", "predsim", "forward_forward"])
+def test_a_loss_that_needs_targets_says_so(name: str) -> None:
+    with pytest.raises(bpfx.BpfxError, match=f"local loss '{name}' needs a task loss|target"):
+        bpfx.convert(net(), "local", batch()[0], blocks=2, local_loss=name)
+
+
+def test_views_for_a_loss_without_views_are_refused() -> None:
+    x, y = batch()
+    with pytest.raises(bpfx.BpfxError, match="takes no second view"):
+        bpfx.convert(net(), F.cross_entropy, (losses.Views(x, x), y), blocks=2)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------------------
+
+
+class Seven(nn.Module):
+    """Seven blocks of a small convnet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(1, 10, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(7))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_compiled_losses_are_the_eager_ones() -> None:
+    """One loss per block, so that one compilation covers them."""
+    chosen: dict[Any, Any] = {
+        0: "dgl", 1: "predsim", 2: "infopro", 3: losses.LoCo(augment=lambda x: x.flip(-1)), 4: "feature_reconstruction",
+        5: losses.ForwardForward(variant="channels"), 6: "gim", "*": "supervised",
+    }  # fmt: skip
+    results = []
+    for backend in ("eager", "inductor"):
+        torch.manual_seed(1)
+        step = bpfx.convert(
+            Seven(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(7)], local_loss=chosen, horizon=1,
+            offset=None, compile=backend,
+        )  # fmt: skip
+        results.append(run(step.run_local, batch()))
+    eager, compiled = results
+    drawn = 6  # gim draws its negatives, and compiled code draws others
+    for k, (a, b) in enumerate(zip(compiled.local_losses, eager.local_losses, strict=True)):
+        assert a.isfinite()
+        if k != drawn:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    same = [n for n in eager.grads if not n.startswith((f"blocks.{drawn - 1}.", f"bpfx.heads.{drawn}."))]
+    assert len(same) > 40
+    assert_gradients({n: compiled.grads[n] for n in same}, {n: eager.grads[n] for n in same}, rtol=1e-3)

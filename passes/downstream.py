@@ -162,7 +162,7 @@ class Way:
         if not groups:
             raise BpfxError("it needs layers with weights behind the boundary, and there are none")
         groups[-1].extend(pending)
-        parts = []
+        parts: list[Part] = []
         for group in groups:
             nodes = [n for segment in group for n in segment.nodes]
             start, ends = group[0].start, group[-1].ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,5 +19,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """No test depends on the random draws of the test before it."""
+    """No test depends on the random draws of the test before it, nor looks through the objects of imported libraries.
+
+    Measuring memory walks over all objects that the collector knows, which takes half a second with a few large
+    libraries and next to nothing without what was there before.
+    """
     torch.manual_seed(0)
+    gc.collect()
+    gc.freeze()

@@ -94,7 +94,8 @@ def detached_oracle(case: Case, heads: Sequence[nn.Module], cuts: Sequence[str],
             boundary = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
             assert len(local_losses) == k, f"{cuts[k]} began out of order"
             with torch.random.fork_rng(devices=[]):
-                local = case.task_loss(heads[k].predict(boundary), case.batch)
+                predict = getattr(heads[k], "predict", heads[k])  # a plain module predicts when it is called
+                local = case.task_loss(predict(boundary), case.batch)
             local_losses.append(local.detach())
             note_buffers()
             local.backward()

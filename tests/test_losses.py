@@ -29,11 +29,11 @@ def noisy(x: Tensor) -> Tensor:
 # Every registered loss; the second column says what it is made of here, the third what it can be used on.
 LOSSES: dict[str, tuple[Make, str]] = {
     "supervised": (lambda: "supervised", "image tokens language"),
-    "dgl": (lambda: "dgl", "image tokens language"),
+    "dgl": (lambda: "dgl", "image tokens"),
     "predsim": (lambda: "predsim", "image tokens"),
     "infopro": (lambda: "infopro", "image"),
     "infopro, contrast": (lambda: losses.InfoPro(contrast="supcon"), "image"),
-    "auglocal": (lambda: "auglocal", "image tokens language"),
+    "auglocal": (lambda: "auglocal", "image tokens"),
     "loco": (lambda: losses.LoCo(augment=noisy), "image tokens"),
     "loco, supervised": (lambda: losses.LoCo(supervised=True), "image tokens"),
     "gim": (lambda: "gim", "image tokens language"),
@@ -132,8 +132,10 @@ PAIRS = [(name, kind) for name, (_, kinds) in LOSSES.items() for kind in kinds.s
 
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
-def test_isolated_finite_and_learning(name: str, kind: str) -> None:
+def test_isolated_finite_and_learning_beside_the_model(name: str, kind: str) -> None:
     step, case = converted(name, kind)
+    assert step.model is case.model
+    assert list(step.model.state_dict()) == list(case_of(kind)[0].model.state_dict()), "heads are no part of it"
     assert bpfx.audit(step).ok
     seen = [{n for n, p in run_local(step, case).items() if not p.isfinite().all()}]
     assert not any(seen)
@@ -171,20 +173,6 @@ def test_full_horizon_is_bp(name: str) -> None:
     assert_gradients(found.grads, exact.grads)
     if step._compiler.spec.rows == 1:
         assert_gradients(exact.grads, bp_oracle(case).grads)
-
-
-@pytest.mark.parametrize("name", list(LOSSES))
-def test_the_exported_model_has_no_head(name: str) -> None:
-    kind = LOSSES[name][1].split()[0]
-    case, _ = case_of(kind)
-    names = list(case.model.state_dict())
-    step, _ = converted(name, kind)
-    assert list(step.model.state_dict()) == names
-    assert type(step.model) is type(case.model)
-    if isinstance(case.batch, tuple):
-        step.eval()
-        fresh = copy.deepcopy(step.model).eval()
-        assert torch.equal(fresh(case.batch[0]), step.model(case.batch[0]))
 
 
 # --- the registry -----------------------------------------------------------------------------------------------------
@@ -391,14 +379,14 @@ def test_views_for_a_loss_without_views_are_refused() -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-class Seven(nn.Module):
-    """Seven blocks of a small convnet."""
+class Stack(nn.Module):
+    """Many small blocks of a convnet."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(1, 10, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(7))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(6))
         self.head = nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -411,23 +399,23 @@ class Seven(nn.Module):
 def test_compiled_losses_are_the_eager_ones() -> None:
     """One loss per block, so that one compilation covers them."""
     chosen: dict[Any, Any] = {
-        0: "dgl", 1: "predsim", 2: "infopro", 3: losses.LoCo(augment=lambda x: x.flip(-1)), 4: "feature_reconstruction",
-        5: losses.ForwardForward(variant="channels"), 6: "gim", "*": "supervised",
+        0: "dgl", 1: "predsim", 2: "infopro", 3: losses.LoCo(augment=lambda x: x.flip(-1)),
+        4: losses.ForwardForward(variant="channels"), 5: "gim", "*": "feature_reconstruction",
     }  # fmt: skip
     results = []
     for backend in ("eager", "inductor"):
         torch.manual_seed(1)
         step = bpfx.convert(
-            Seven(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(7)], local_loss=chosen, horizon=1,
+            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(6)], local_loss=chosen, horizon=1,
             offset=None, compile=backend,
         )  # fmt: skip
         results.append(run(step.run_local, batch()))
     eager, compiled = results
-    drawn = 6  # gim draws its negatives, and compiled code draws others
+    drawn = 5  # gim draws its negatives, and compiled code draws others
     for k, (a, b) in enumerate(zip(compiled.local_losses, eager.local_losses, strict=True)):
         assert a.isfinite()
         if k != drawn:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     same = [n for n in eager.grads if not n.startswith((f"blocks.{drawn - 1}.", f"bpfx.heads.{drawn}."))]
-    assert len(same) > 40
+    assert len(same) > 30
     assert_gradients({n: compiled.grads[n] for n in same}, {n: eager.grads[n] for n in same}, rtol=1e-3)

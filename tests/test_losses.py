@@ -175,6 +175,36 @@ def test_full_horizon_is_bp(name: str) -> None:
         assert_gradients(exact.grads, bp_oracle(case).grads)
 
 
+@pytest.mark.parametrize("form", ["per token", "flat"])
+def test_linear_heads_keep_a_sequence_that_comes_first(form: str) -> None:
+    """Predictions stand in the order of the model's own, whichever dimension counts samples."""
+    samples, tokens, classes = 3, 5, 4
+    value = torch.randn(samples, tokens, 6)
+    shape = (samples, tokens, classes) if form == "per token" else (samples * tokens, classes)
+    plain = losses.LinearHead([losses.Feature.of(value)], [losses.Target(shape, 0 if form == "per token" else None)])
+    turned = value.transpose(0, 1)
+    feature = losses.Feature("x", tuple(turned.shape), 1, 2, value.dtype, value.device)
+    shape = (tokens, samples, classes) if form == "per token" else (samples * tokens, classes)
+    first = losses.LinearHead([feature], [losses.Target(shape, 1 if form == "per token" else None)])
+    first.load_state_dict(plain.state_dict())
+    expected, found = plain.predict(value), first.predict(turned)
+    assert isinstance(expected, Tensor) and isinstance(found, Tensor)
+    if form == "flat":
+        expected, found = expected.view(samples, tokens, -1), found.view(tokens, samples, -1)
+    torch.testing.assert_close(found.transpose(0, 1), expected)
+
+
+def test_a_batch_size_that_became_a_number_bars_no_cut() -> None:
+    """`len(x)` settles the batch size; blocks behind it exist all the same, and another size is captured anew."""
+    case, cuts = case_of("tokens")
+    step = bpfx.convert(case.model, case.loss_fn, case.batch, blocks=cuts, offset=None)
+    assert len(step.plan.blocks) == 3
+    for size in (6, 5):
+        other, _ = case_of("tokens", size)
+        expected = bp_oracle(zoo.Case(step.model, case.loss_fn, other.batch, case.task_loss))
+        assert_gradients(run(step.run_bp, other.batch).grads, expected.grads)
+
+
 # --- the registry -----------------------------------------------------------------------------------------------------
 
 

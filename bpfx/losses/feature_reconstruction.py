@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
+from bpfx.losses.dgl import pool
 from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, average
-
-_POOL: dict[int, Callable[..., Tensor]] = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 class ReconstructionHead(Head):
@@ -26,7 +22,7 @@ class ReconstructionHead(Head):
         if here == there:
             self.match = "each"
         else:
-            self.match = "pooled" if len(here) == len(there) and len(here) in _POOL else "averaged"
+            self.match = "pooled" if len(here) == len(there) and 1 <= len(here) <= 3 else "averaged"
         self.decoder = nn.Linear(feature.channels, target.channels)
         same = feature.channels == target.channels
         if same:
@@ -45,8 +41,7 @@ class ReconstructionHead(Head):
         if self.match == "averaged":
             rows, wanted = average(rows), self.target.pooled(target)
         elif self.match == "pooled":
-            image = self.target.image(target)
-            wanted = _POOL[image.dim() - 2](image, rows.shape[1:-1]).movedim(1, -1)
+            wanted = pool(self.target.image(target), rows.shape[1:-1]).movedim(1, -1)
         else:
             wanted = self.target.rows(target)
         found = self.decoder(rows)

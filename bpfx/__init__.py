@@ -8,7 +8,7 @@ from bpfx import _torchvision
 
 _torchvision.ensure()  # before anything imports torchvision, timm, peft or transformers
 
-from bpfx import losses, memory  # noqa: E402
+from bpfx import logs, losses, memory, theory  # noqa: E402
 from bpfx.audit import audit  # noqa: E402
 from bpfx.convert import convert, plan  # noqa: E402
 from bpfx.errors import BpfxError, BpfxWarning  # noqa: E402
@@ -16,4 +16,17 @@ from bpfx.offset import Offset  # noqa: E402
 from bpfx.step import Step  # noqa: E402
 from bpfx.trainer import BlockTrainer  # noqa: E402
 
-__all__ = ["BlockTrainer", "BpfxError", "BpfxWarning", "Offset", "Step", "audit", "convert", "losses", "memory", "plan"]
+__all__ = [
+    "BlockTrainer",
+    "BpfxError",
+    "BpfxWarning",
+    "Offset",
+    "Step",
+    "audit",
+    "convert",
+    "logs",
+    "losses",
+    "memory",
+    "plan",
+    "theory",
+]

@@ -41,11 +41,12 @@ class Config:
         blocks: "auto", a number, or module names, as for `bpfx.convert`.
         local_loss: a name from `bpfx.losses`, or one per region: "layer1=predsim,*=dgl".
         horizon: how many blocks a local loss sees; None: what the loss asks for.
-        period: iterations between two refreshes of the offset.
+        period: iterations between two refreshes of the offset, or "auto".
         offset_batch: samples of a refresh, the first ones of the training batch; None: all of it.
         micro_batches: pieces in which a refresh goes through its samples.
-        alpha: scale of the local gradient.
+        alpha: scale of the local gradient, or "auto" with form "B".
         lam: scale of the offset, or "auto" for one per block from what a refresh measures.
+        form, decay, clip, match: as for `bpfx.Offset`.
         compile: "eager" or "inductor".
         eval_every: iterations between two tests; None: eight tests in all.
         eval_images: test images used; None: all.
@@ -68,10 +69,14 @@ class Config:
     blocks: str | int | tuple[str, ...] = "auto"
     local_loss: str = "supervised"
     horizon: int | None = None
-    period: int = 4
+    period: int | str = "auto"
+    form: str = "A"
+    decay: float = 1.0
+    clip: float | None = None
+    match: float = 0.0
     offset_batch: int | None = None
     micro_batches: int = 1
-    alpha: float = 1.0
+    alpha: float | str = 1.0
     lam: float | str = 1.0
     compile: str = "eager"
     eval_every: int | None = None
@@ -85,7 +90,6 @@ class Config:
             "iterations",
             "batch_size",
             "horizon",
-            "period",
             "offset_batch",
             "micro_batches",
             "eval_every",
@@ -126,7 +130,17 @@ class Config:
 
     def offset(self) -> Offset:
         """The offset that these settings describe."""
-        return Offset(self.period, self.offset_batch, self.micro_batches, self.alpha, self.lam)
+        return Offset(
+            self.period,
+            self.offset_batch,
+            self.micro_batches,
+            self.alpha,
+            self.lam,
+            form=self.form,
+            decay=self.decay,
+            clip=self.clip,
+            match=self.match,
+        )
 
     def local_losses(self) -> str | dict[str | int, str]:
         """`local_loss` as `bpfx.convert` takes it."""

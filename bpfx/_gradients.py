@@ -47,12 +47,12 @@ def adder(total: Grads, share: float) -> Callable[[str, Tensor], None]:
     return add
 
 
-def difference(first: Tensor | None, second: Tensor | None) -> Tensor:
-    """``first - second`` in the memory of ``first``; an absent gradient is zero."""
+def difference(first: Tensor | None, second: Tensor | None, scale: float = 1.0) -> Tensor:
+    """``first - scale * second`` in the memory of ``first``; an absent gradient is zero."""
     if first is None:
         assert second is not None
-        return -second
-    return first if second is None else first.sub_(second)
+        return second * -scale
+    return first if second is None else first.sub_(second, alpha=scale)
 
 
 def dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

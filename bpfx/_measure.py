@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bpfx._period import REFRESH
 from bpfx.memory import measure_peak
 from bpfx.step import Step
 
-__all__ = ["checkpointing", "cosine", "seconds_per_step", "state_bytes", "step_memory"]
+__all__ = ["checkpoint_parts", "checkpointing", "cosine", "seconds_per_step", "state_bytes", "step_memory"]
 
 _TIMELINE_POINTS = 400
 
@@ -50,6 +51,15 @@ def step_memory(
         step()
     peak = measure_peak(step, warmup=0)
     return {"peak_bytes": peak.peak_bytes, "timeline": _thin(peak.timeline)}
+
+
+def refresh_memory(step: Step, loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """As :func:`step_memory`, of a step that measures its offsets, whatever the schedule says."""
+    step._forced = REFRESH
+    try:
+        return step_memory(loss, optimizer)
+    finally:
+        step._forced = None
 
 
 def _thin(timeline: list[tuple[float, int]]) -> list[list[float]]:
@@ -141,11 +151,9 @@ def checkpointing(
     Returns:
         `peak_bytes`, `timeline`, `seconds_per_step`, `parts`; None where the model has no such container.
     """
-    parts = _repeated_parts(model)
+    parts = checkpoint_parts(model)
     if not parts:
         return None
-    for part in parts:
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
     x, y = batch
     optimizer = torch.optim.AdamW(model.parameters())
     seconds = []
@@ -158,7 +166,18 @@ def checkpointing(
         loss.item()
         seconds.append(time.perf_counter() - began)
     memory = step_memory(lambda: loss_fn(model(x), y), optimizer)
-    return {"seconds_per_step": seconds_per_step(seconds), "parts": len(parts), **memory}
+    return {"seconds_per_step": seconds_per_step(seconds), "parts": parts, **memory}
+
+
+def checkpoint_parts(model: nn.Module) -> int:
+    """Let every repeated part of `model` store its input alone and compute its inside again; the number of parts.
+
+    What a part is: see `checkpointing`.
+    """
+    parts = _repeated_parts(model)
+    for part in parts:
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    return len(parts)
 
 
 def _repeated_parts(module: nn.Module) -> list[nn.Module]:

@@ -42,10 +42,15 @@ def tensors_of(weights: Weights, variant: Variant) -> dict[str, Tensor]:
 class _DryRefresh:
     """Stands for the sum of a refresh: makes the differences and looks at no value."""
 
+    matching: Grads | None = None
+
     def check(self, loss: Tensor) -> None:
         pass
 
-    def measure(self, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None:
+    def alpha(self, block: int) -> float:
+        return 1.0
+
+    def measure(self, block: int, name: str, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None:
         pass
 
     def settle(self, block: int, deltas: Grads, sums: Sums, share: float) -> None:

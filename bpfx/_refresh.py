@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from bpfx._gradients import Grads, adder, cosine, difference, dot
+from bpfx._matching import matching_gradient
 from bpfx._offset_state import OffsetState
+from bpfx._scales import Products
 from bpfx._serial import Piece
 from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
+from bpfx.passes.stages import Stage
 
 Sums = defaultdict[str, float]
 
@@ -26,9 +30,47 @@ class TakesDifferences(Protocol):
 
     def check(self, loss: Tensor) -> None: ...
 
-    def measure(self, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None: ...
+    def alpha(self, block: int) -> float: ...
+
+    def measure(self, block: int, name: str, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None: ...
 
     def settle(self, block: int, deltas: Grads, sums: Sums, share: float) -> None: ...
+
+    @property
+    def matching(self) -> Grads | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFound:
+    """What a refresh found out about one block; ``None`` where there is nothing to compare.
+
+    With several pieces, cosine and ratio are of sums over the pieces (Σ⟨g, ℓ⟩ over √(Σ‖g‖² Σ‖ℓ‖²)), and what compares
+    with the old Δ takes the first piece, because the old one is gone when the second comes: estimates without bias, of
+    which ``staleness`` may leave [-1, 1].
+
+    Attributes:
+        cosine: of BP and local gradient.
+        ratio: ‖Δ‖/‖g_BP‖.
+        staleness: cosine of the new and the old Δ.
+        spread: share of ‖Δ‖² that the pieces disagree on.
+        descent: cosine of the new BP gradient and the old Δ.
+        bp, local: norms of the two gradients, over the pieces.
+        products: what α and λ are learnt from.
+    """
+
+    cosine: float | None
+    ratio: float | None
+    staleness: float | None
+    spread: float | None
+    descent: float | None
+    bp: float
+    local: float
+    products: Products
+
+    def record(self) -> dict[str, float | None]:
+        """As the diagnostics hold it."""
+        names = ("cosine", "ratio", "staleness", "spread", "descent", "bp", "local")
+        return {name: getattr(self, name) for name in names}
 
 
 class RefreshSum:
@@ -40,10 +82,21 @@ class RefreshSum:
     Args:
         state: the stored offsets.
         block_of: the block of every parameter.
+        alpha: scale of the local gradient inside Δ, by block.
+        agreement: whether pieces are compared with each other, which :class:`bpfx._scales.AutoLambda` needs.
+        match: whether the heads' matching gradients are wanted.
     """
 
-    def __init__(self, state: OffsetState, block_of: Mapping[str, int]) -> None:
-        self.state, self.block_of = state, block_of
+    def __init__(
+        self,
+        state: OffsetState,
+        block_of: Mapping[str, int],
+        alpha: Callable[[int], float] = lambda block: 1.0,
+        agreement: bool = False,
+        match: bool = False,
+    ) -> None:
+        self.matching: Grads | None = {} if match else None  # gradients of heads by name
+        self.state, self.block_of, self.alpha, self.agreement = state, block_of, alpha, agreement
         self.bad: list[str] = []  # parameters whose Δ was NaN or infinite
         self.seen: set[str] = set()
         self._sums: dict[int, Sums] = {}
@@ -57,7 +110,7 @@ class RefreshSum:
         if not bool(torch.isfinite(loss.detach()).all()):
             self.bad.append("the loss")
 
-    def measure(self, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None:
+    def measure(self, block: int, name: str, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None:
         """Products of one parameter's two gradients, before their difference takes the place of the first."""
         if g is not None:
             sums["bp"] += dot([g], [g])
@@ -65,6 +118,11 @@ class RefreshSum:
             sums["local"] += dot([ell], [ell])
         if g is not None and ell is not None:
             sums["across"] += dot([g], [ell])
+        if not self._shares.get(block):
+            if ell is not None and name in self.state and name not in self.seen:
+                sums["old_local"] += dot([self.state[name]], [ell])
+        elif self.agreement and g is not None and name in self.seen:
+            sums["ahead"] += dot([self.state[name]], [g]) / sum(self._shares[block])
 
     def settle(self, block: int, deltas: Grads, sums: Sums, share: float) -> None:
         """Store one block's differences from one piece of that share. ``deltas`` is emptied."""
@@ -91,18 +149,15 @@ class RefreshSum:
             self.state.put(name, delta)
             self.seen.add(name)
         total = self._sums.setdefault(block, defaultdict(float))
+        if known:
+            total |= {f"first_{key}": sums[key] for key in ("bp", "local", "across")}
         for key, value in sums.items():
-            total[key] += value if key in ("old", "stale") else value * share
+            total[key] += value if key in ("old", "old_local", "stale") else value * share
         self._shares.setdefault(block, []).append(share)
 
-    def finish(self) -> dict[int, dict[str, float | None]]:
-        """Statistics per block: cosine, ratio, staleness, spread.
-
-        With several pieces, cosine and ratio are of sums over the pieces (Σ⟨g, ℓ⟩ over √(Σ‖g‖² Σ‖ℓ‖²)), and the
-        staleness takes the first piece's Δ in its product with the old one, which is gone when the second comes: an
-        estimate without bias that may leave [-1, 1].
-        """
-        statistics: dict[int, dict[str, float | None]] = {}
+    def finish(self) -> dict[int, BlockFound]:
+        """What was found out, by block."""
+        found: dict[int, BlockFound] = {}
         # A tied parameter's differences are one sum over its blocks: it has a mean only where as much of it was left
         # out in each of them.
         self._torn = [n for n, ks in self._blocks_of.items() if len({self._rejected.get(k, 0.0) for k in ks}) > 1]
@@ -116,14 +171,9 @@ class RefreshSum:
                 weight += self._rejected[block]
             single = len(self._shares[block]) == 1
             square = sums["delta"] / accepted if single else self._square(names) / weight**2
-            statistics[block] = {
-                "cosine": cosine(sums["across"], sums["bp"], sums["local"]),
-                "ratio": math.sqrt(sums["delta"] / sums["bp"]) if sums["bp"] > 0 else None,
-                "staleness": cosine(sums["stale"], square, sums["old"]),
-                "spread": self._spread(block, sums["delta"] / accepted, square),
-            }
+            found[block] = self._found(block, sums, accepted, square)
         self.state.keep(lambda n: n in self.seen or (self.block_of[n] in self._rejected and n not in self._torn))
-        return statistics
+        return found
 
     def complaint(self) -> str | None:
         """What was not finite, and what became of it; to be asked after :meth:`finish`."""
@@ -143,6 +193,34 @@ class RefreshSum:
         if self._torn:
             words.append(f"{', '.join(self._torn)}, in several blocks, has no offset until the next refresh")
         return f"first in {self.bad[0]}; {', '.join(words) or 'no offset is concerned'}"
+
+    def _found(self, block: int, sums: Sums, accepted: float, square: float) -> BlockFound:
+        alpha = self.alpha(block)
+        spread = self._spread(block, sums["delta"] / accepted, square)
+        behind = residual = None
+        if sums["old"] > 0:
+            behind = sums["stale"] + alpha * sums["old_local"]
+            residual = sums["first_across"] - alpha * sums["first_local"] - sums["old_local"]
+        shares = self._shares[block]
+        later = sum(shares[1:])
+        return BlockFound(
+            cosine=cosine(sums["across"], sums["bp"], sums["local"]),
+            ratio=math.sqrt(sums["delta"] / sums["bp"]) if sums["bp"] > 0 else None,
+            staleness=cosine(sums["stale"], square, sums["old"]),
+            spread=spread,
+            descent=cosine(behind, sums["first_bp"], sums["old"]) if behind is not None else None,
+            bp=math.sqrt(sums["bp"] / accepted),
+            local=math.sqrt(sums["local"] / accepted),
+            products=Products(
+                square=square,
+                noise=spread,
+                local=sums["first_local"],
+                residual=residual,
+                behind=behind,
+                stale=sums["stale"] if sums["old"] > 0 else None,
+                ahead=sums["ahead"] / later if self.agreement and later > 0 else None,
+            ),
+        )
 
     def _square(self, names: list[str]) -> float:
         total = 0.0
@@ -198,15 +276,20 @@ def refresh_piece(
         own: Grads = {}
         if isinstance(stage.local, LocalGradient):
             before = {n: weights[n].clone() for n in stage.block.mutated}
-            losses.append(piece.local_again(stage, adder(own, 1.0)))
+            outputs, local_loss = piece.local_again(stage, adder(own, 1.0))
+            losses.append(local_loss)
+            if total.matching is not None:
+                _match(piece, stage, outputs, total.matching, share)
+            del outputs
             with torch.no_grad():
                 for name, value in before.items():
                     weights[name].copy_(value)
         deltas: Grads = {}
         sums: Sums = defaultdict(float)
-        piece.vjp(stage, partial(_meet, total, sums, deltas, own, local is not None))
+        meet = partial(_meet, total, stage.index, sums, deltas, own, local is not None)
+        piece.vjp(stage, meet)
         for name in [n for n in own if n not in deltas and not n.startswith(HEADS)]:
-            _meet(total, sums, deltas, own, local is not None, name, None)  # BP gives it no gradient
+            meet(name, None)  # BP gives it no gradient
         if deltas:
             total.settle(stage.index, deltas, sums, share)
         if local is not None:
@@ -218,12 +301,30 @@ def refresh_piece(
 
 
 def _meet(
-    total: TakesDifferences, sums: Sums, deltas: Grads, own: Grads, keep: bool, name: str, g: Tensor | None
+    total: TakesDifferences,
+    block: int,
+    sums: Sums,
+    deltas: Grads,
+    own: Grads,
+    keep: bool,
+    name: str,
+    g: Tensor | None,
 ) -> None:
     """The BP gradient of a parameter meets the local one, and takes its difference from it, at once."""
     ell = own.get(name) if keep else own.pop(name, None)
-    total.measure(sums, g, ell)
-    deltas[name] = difference(g, ell)
+    total.measure(block, name, sums, g, ell)
+    deltas[name] = difference(g, ell, total.alpha(block))
+
+
+def _match(piece: Piece, stage: Stage, outputs: list[Any], matching: Grads, share: float) -> None:
+    program = stage.local
+    assert isinstance(program, LocalGradient)
+    named = dict(zip((n.name for n in stage.block.outputs), outputs, strict=True))
+    arguments = piece.here((*program.user_inputs, *program.entering_names))
+    found = matching_gradient(program, named, arguments, piece.cotangents)
+    add = adder(matching, share)
+    for name in list(found):
+        add(name, found.pop(name))
 
 
 def _listed(blocks: list[int]) -> str:

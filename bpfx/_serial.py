@@ -104,13 +104,18 @@ class Piece:
         self._put(stage, outputs, keep)
         self._collect([stage.block.inputs[i].name for i in stage.vjp.wanted], found)
 
-    def local_again(self, stage: Stage, sink: Sink) -> Tensor:
-        """The local gradient inside a reverse sweep, with the draws of the forward sweep."""
+    def local_again(self, stage: Stage, sink: Sink) -> tuple[list[Any], Tensor]:
+        """The local gradient inside a reverse sweep, with the draws of the forward sweep: outputs and local loss."""
         assert isinstance(stage.local, LocalGradient)
         self._use(stage.reads, stage.index - 1)
         set_rng_state(self.states.get(stage.index, ()))
-        *_, loss, _ = stage.local(self._take([n.name for n in stage.arguments], ()), sink)
-        return loss
+        *outputs, loss, _ = stage.local(self._take([n.name for n in stage.arguments], ()), sink)
+        return outputs, loss
+
+    def here(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the values that there are, on their device."""
+        found = {n: self.values[n] for n in names if n in self.values}
+        return {n: v.fetch() if isinstance(v, Parked) else v for n, v in found.items()}
 
     def vjp(self, stage: Stage, sink: Sink) -> None:
         """The stage's part of the reverse sweep."""
@@ -172,15 +177,25 @@ def local_sweep(pieces: Sequence[Piece], groups: Sequence[Sequence[int]]) -> Ite
             yield k, totals.pop(k), losses.get(k)
 
 
-def bp_sweep(pieces: Sequence[Piece]) -> Iterator[tuple[int, Grads]]:
-    """Every block's BP gradient over all pieces, from the last block to the first."""
+def bp_sweep(
+    pieces: Sequence[Piece], passed: Callable[[Piece, int], None] | None = None, keep: frozenset[str] = frozenset()
+) -> Iterator[tuple[int, Grads]]:
+    """Every block's BP gradient over all pieces, from the last block to the first.
+
+    Args:
+        pieces: the micro-batches.
+        passed: called in the forward sweep when a piece has passed a block, with the block's index.
+        keep: values that ``passed`` or the caller wants.
+    """
     stages = pieces[0].stages
     for k in range(len(stages) - 1):
         for piece in pieces:
-            piece.forward(piece.stages[k])
+            piece.forward(piece.stages[k], keep)
+            if passed is not None:
+                passed(piece, k)
     total: Grads = {}
     for piece in pieces:
-        piece.last(piece.stages[-1], adder(total, 1.0))
+        piece.last(piece.stages[-1], adder(total, 1.0), keep)
     final = get_rng_state() if any(p.states for p in pieces) else ()
     try:
         yield len(stages) - 1, total

@@ -80,13 +80,14 @@ def unchanged(step: Step, trainer: BlockTrainer | None = None) -> Iterator[None]
     tensors |= {id(weights[n]): weights[n] for n in weights.names()}  # literals in the model's code too
     kept = [_Kept(t) for t in tensors.values()]
     iteration, offset, data = step.iteration, step.offset, step._refresh_data
-    progress = _keep([step._lam, list(step._head_versions), list(step._model_versions)])
-    refreshes = list(step.diagnostics.refreshes)
+    progress = _keep([list(step._head_versions), list(step._model_versions)])
+    correction = step._correction
+    learnt = correction.progress() if correction is not None else None
     devices = {n: s.parts[0].device for n, s in step.offset_state._stored.items()}
     offsets = {n: _on_host(s) for n, s in step.offset_state.state().items()}
     restore_trainer = _trainer_state(trainer) if trainer is not None else None
     grads = [(p, p.grad) for p in step.parameters()]
-    with preserved():
+    with preserved(), step.diagnostics.aside():
         replay = step._refresh_data = Replay(data) if data is not None else None
         for parameter, _ in grads:
             parameter.grad = None
@@ -103,10 +104,12 @@ def unchanged(step: Step, trainer: BlockTrainer | None = None) -> Iterator[None]
                 one.back()
             for parameter, grad in grads:
                 parameter.grad = grad
-            step.iteration, step.offset, step._refresh_data = iteration, offset, data
-            step._lam, step._head_versions, step._model_versions = _back(progress)
-            step.diagnostics.refreshes[:] = refreshes
-            step.offset_state.load(offsets, devices.__getitem__)
+            step.iteration, step.offset, step._refresh_data, step._forced = iteration, offset, data, None
+            step._head_versions, step._model_versions = _back(progress)
+            if correction is not None and learnt is not None:
+                correction.load_progress(learnt)
+            if correction is not None:
+                correction.state.load(offsets, devices.__getitem__)
             if replay is not None:
                 replay.give_back()
 

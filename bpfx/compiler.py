@@ -129,6 +129,13 @@ class Compiler:
         self._variants[key] = found
         return found
 
+    def complete_at(self, named: Mapping[int, Sequence[tuple[str, Tensor]]]) -> dict[int, int]:
+        """By block, where a reverse sweep has all gradients of these parameters: the first block that reads one."""
+        first: dict[str, int] = {}
+        for stage in reversed(self.main.stages):
+            first |= dict.fromkeys(stage.block.trainable, stage.index)
+        return {k: min([k, *(first[n] for n, _ in pairs if n in first)]) for k, pairs in named.items()}
+
     def trained_by(self, local: bool) -> dict[int, list[tuple[str, Tensor]]]:
         """Every parameter that trains, by the block after which it may be stepped: the last one that reads it.
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from bpfx._refresh import restore_statistics, running_statistics
 from bpfx.compiler import Compiler
 from bpfx.errors import BpfxWarning
+from bpfx.logs import Listener, Listeners, scalars
 from bpfx.losses import Predictor
 from bpfx.passes.heads import class_labels
 from bpfx.passes.programs import BlockProgram, LocalGradient
@@ -23,6 +25,7 @@ from bpfx.passes.rng import get_rng_state, set_rng_state
 WINDOW = 50  # calls whose local losses make one mean; they are looked at only then, since looking waits for a device
 PATIENCE = 4  # windows before a block is said not to learn
 KEPT = 400  # windows that are kept
+REFRESHES = 2000  # records of refreshes that are kept
 
 
 class Learning:
@@ -33,7 +36,8 @@ class Learning:
         first: the first of all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listeners: Listeners | None = None) -> None:
+        self.listeners = listeners
         self.windows: deque[dict[int, float]] = deque(maxlen=KEPT)
         self.first: dict[int, float] = {}
         self._sum: Tensor | None = None
@@ -41,8 +45,13 @@ class Learning:
         self._best: dict[int, float] = {}
         self._told: set[int] = set()
 
-    def add(self, losses: Mapping[int, Tensor]) -> None:
-        """Take the local losses of one call, by block. Warns with a :class:`bpfx.BpfxWarning`."""
+    def add(self, losses: Mapping[int, Tensor], iteration: int | None = None) -> None:
+        """Take the local losses of one call, by block. Warns with a :class:`bpfx.BpfxWarning`.
+
+        Args:
+            losses: by block.
+            iteration: of the call; ``None``: calls are counted here, so a resumed run begins at 0.
+        """
         if not losses:
             return
         now = torch.stack([loss.detach().double() for loss in losses.values()])
@@ -57,6 +66,9 @@ class Learning:
         self.first = self.first or means
         for k, mean in means.items():
             self._best[k] = min(mean, self._best.get(k, math.inf))
+        if self.listeners is not None:
+            now_at = self._seen * WINDOW - 1 if iteration is None else iteration
+            self.listeners.tell({"iteration": now_at} | {f"block{k}/loss": mean for k, mean in means.items()})
         self._warn(means)
 
     def gains(self) -> dict[int, float]:
@@ -83,15 +95,62 @@ class Diagnostics:
     """What was measured while training.
 
     Attributes:
-        refreshes: one record per refresh: ``iteration``; ``cosine``, the mean over the blocks that have an offset; and
-            ``blocks``, a list of ``block``, ``cosine`` (of BP and local gradient), ``ratio`` (‖Δ‖/‖g_BP‖),
-            ``staleness`` (cosine of the new and the old Δ; with several pieces an estimate of it), ``spread`` (share of
-            ‖Δ‖² that the micro-batches disagree on) and ``lam``, each ``None`` where there is nothing to compare.
+        refreshes: one record per refresh, the last 2000 of them: ``iteration``; ``cosine``, the mean over the blocks
+            that have an offset; ``period``, K from here on; and ``blocks``, a list of ``block``, ``cosine`` (of BP and
+            local gradient), ``ratio`` (‖Δ‖/‖g_BP‖), ``staleness`` (cosine of the new and the old Δ; with several pieces
+            an estimate of it), ``spread`` (share of ‖Δ‖² that the micro-batches disagree on), ``descent`` (cosine of
+            the new BP gradient and the old Δ), ``bp``, ``local`` and ``norm`` (of the BP gradient, the local gradient
+            and Δ), ``alpha``, ``lam`` and ``period`` (in force), each ``None`` where there is nothing to compare.
         learning: the local loss of every block, since the process began.
+        measured: refreshes since the process began, the records that are no longer kept too.
     """
 
     refreshes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     learning: Learning = dataclasses.field(default_factory=Learning)
+    measured: int = 0
+    _listeners: Listeners = dataclasses.field(default_factory=Listeners, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.learning.listeners = self._listeners
+
+    def listen(self, callback: Listener) -> Callable[[], None]:
+        """Have a function called after every refresh, and after every window of local losses.
+
+        It gets a flat dictionary of numbers: ``iteration`` and, after a refresh, ``cosine``, ``period``,
+        ``block0/cosine``, ``block0/ratio`` and so on; after a window ``block0/loss`` and so on. ``None`` is left out.
+        It is called in the middle of a step, so it is no place to save the step's state. If it raises, it is removed
+        with a :class:`bpfx.BpfxWarning`, and training goes on. Listeners are not part of any saved state.
+
+        Returns:
+            The call that removes it.
+
+        Example:
+            >>> remove = step.diagnostics.listen(lambda scalars: wandb.log(scalars))  # doctest: +SKIP
+        """
+        return self._listeners.add(callback)
+
+    def refreshed(self, record: dict[str, Any]) -> None:
+        """Take the record of a refresh, and tell the listeners."""
+        self.refreshes.append(record)
+        del self.refreshes[:-REFRESHES]
+        self.measured += 1
+        self._listeners.tell(scalars(record))
+
+    def retract(self, iteration: int) -> None:
+        """Drop the records from this iteration on, of a step that failed; listeners hear of it when it is repeated."""
+        before = len(self.refreshes)
+        self.refreshes[:] = [r for r in self.refreshes if r["iteration"] < iteration]
+        self.measured -= before - len(self.refreshes)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around calls that are undone, or taken to measure them: nothing is recorded and no listener hears of them."""
+        own = dict(vars(self))
+        self.refreshes, self.learning, self._listeners = list(self.refreshes), Learning(), Listeners()
+        try:
+            yield
+        finally:
+            vars(self).update(own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,13 @@ keeps the peak. Sizes are bytes unless a name says MiB.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bpfx import _timeline
+from bpfx._period import LOCAL, REFRESH
 from bpfx.errors import BpfxError
 
 if TYPE_CHECKING:
@@ -182,9 +184,12 @@ def measure_steps(target: Step | BlockTrainer, *args: Any, **kwargs: Any) -> dic
             parameter.grad = None
         return loss.detach()
 
-    def measured(call: Callable[[], Tensor], iteration: int) -> Peak[Tensor]:
+    # Iterations of a run under way: the first three do more, such as looking at the heads.
+    iterations = itertools.count(max(step.iteration, 3))
+
+    def measured(call: Callable[[], Tensor], kind: str) -> Peak[Tensor]:
         def run() -> Tensor:
-            step.iteration = iteration
+            step.iteration, step._forced = next(iterations), kind
             if isinstance(step._refresh_data, Replay):
                 step._refresh_data.position = 0
             return call()
@@ -193,11 +198,6 @@ def measure_steps(target: Step | BlockTrainer, *args: Any, **kwargs: Any) -> dic
 
     with unchanged(step, trainer), torch.enable_grad():
         offset = step.offset
-        if offset is not None and offset.period == 1:
-            step.offset = offset = replace(offset, period=2)
-        # Iterations of a run under way: the first three do more, such as looking whether the heads train.
-        late = max(step.iteration, 3)
-        due = late if offset is None else -(-late // offset.period) * offset.period
         found: dict[str, Peak[Tensor]] = {}
         if trainer is None:
             calls = {
@@ -212,9 +212,9 @@ def measure_steps(target: Step | BlockTrainer, *args: Any, **kwargs: Any) -> dic
             calls = {f"{trainer.mode}_serial": whole}
         refreshes = offset is not None and (trainer is None or trainer.mode == "local")
         # First, so that the others find offsets; and last in the answer.
-        last = {refresh: measured(whole, due)} if refreshes else {}
+        last = {refresh: measured(whole, REFRESH)} if refreshes else {}
         for kind, call in calls.items():
-            found[kind] = measured(call, due + 1)
+            found[kind] = measured(call, LOCAL)
         return found | last
 
 

@@ -4,40 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from bpfx.errors import BpfxError
 
-Schedule = float | Callable[[int], float]
+Schedule = float | Sequence[float] | Callable[[int], float]
+FORMS = ("A", "B")
 
 
 @dataclasses.dataclass
 class Offset:
-    """How local gradients are corrected: g̃ = α · g_local + λ · Δ (Ren & Li, ICLR 2025).
+    """How local gradients are corrected by the difference to the BP gradient (Ren & Li, ICLR 2025).
 
-    At iterations t with t mod ``period`` = 0 (a *refresh*) Δ is measured anew: BP gradient minus local gradient at the
-    same weights, on the same samples, with the same random draws. In between the stored Δ is used.
+    At some iterations (*refreshes*) BP gradient g₀ and local gradient ℓ₀ are measured at the same weights, on the same
+    samples, with the same random draws. Until the next refresh the optimizer gets
+
+        form "A":  α·ℓ_t + λ·(g₀ − ℓ₀)
+        form "B":  α·ℓ_t + λ·(g₀ − α·ℓ₀)        a control variate: α=0 is the stale BP gradient, α=1 form A
 
     Args:
-        period: iterations between refreshes (K), at least 1. A stale Δ can diverge where weights move far between two
-            refreshes, so K cannot be chosen without the learning rate; docs/offset.md has the limit.
+        period: iterations between refreshes (K), at least 1; or ``"auto"``: exact BP steps, block by block, for as long
+            as an offset that is a few iterations old would lead away from the minimum, and a period of 4 iterations or
+            more while it does not (docs/offset.md has the rule). A stale Δ can diverge where weights move far between
+            two refreshes, so a fixed K cannot be chosen without the learning rate.
         batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples. More need
             ``data``.
         micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, each weighted by
             its share of the loss (samples, or targets that count), which keeps the refresh inside the memory of one
             piece.
-        alpha: scale of the local gradient (α), a number or a function of the iteration. Heads are not scaled.
-        lam: scale of Δ (λ), a number, a function of the iteration, or ``"auto"``: per block the share of ‖Δ‖² that
-            the refresh's micro-batches agree on, ``1 − spread/‖Δ‖²``, at least 0 (two micro-batches or more).
+        alpha: scale of the local gradient (α): a number, values by iteration, a function of the iteration, or
+            ``"auto"`` (form "B"): per block, what would have predicted the next refresh's BP gradient best. Heads are
+            not scaled.
+        lam: scale of Δ (λ): a number, values by iteration, a function of the iteration, or ``"auto"``: per block, from
+            how far the refresh's micro-batches agree and how strongly the weights answer to Δ's noise (two
+            micro-batches or more).
         data: an iterable of batches (a DataLoader, say) from which a refresh takes its samples where ``batch`` is
             larger than the current batch; it is begun again when it ends.
         dtype: how Δ is stored: ``None`` for the parameters' own dtype, a floating dtype such as ``torch.bfloat16``, or
             ``"int8"`` (symmetric codes, one scale per 128 numbers; a quarter of fp32's memory).
         device: where Δ is stored, ``"cpu"`` to keep it out of an accelerator's memory; ``None`` for the parameters'
             own device.
+        form: ``"A"`` or ``"B"``, see above.
+        decay: λ is multiplied by this at every iteration after a refresh; 1 holds Δ, 0 uses it at the refresh only.
+        clip: largest ‖λΔ‖ as a multiple of ‖α·ℓ_t‖, block by block; ``None`` for no limit.
+        bounds: smallest and largest period that ``"auto"`` may choose; from 2 on it takes no exact BP steps.
+        match: weight of a term on the heads that turns their gradient at the boundary towards BP's, at refreshes only;
+            0 for none. Needs horizon 1.
 
     Raises:
         BpfxError: a value outside its range.
@@ -47,34 +62,60 @@ class Offset:
         0.5
     """
 
-    period: int = 4
+    period: int | str = "auto"
     batch: int | None = None
     micro_batches: int = 1
-    alpha: Schedule = 1.0
+    alpha: Schedule | str = 1.0
     lam: Schedule | str = 1.0
     data: Iterable[Any] | None = None
     dtype: torch.dtype | str | None = None
     device: torch.device | str | None = None
+    form: str = "A"
+    decay: float = 1.0
+    clip: float | None = None
+    bounds: tuple[int, int] = (1, 4)
+    match: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("period", "micro_batches"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BpfxError(f"Offset({name}={value!r}): pass a whole number of at least 1")
-        if self.batch is not None and (
-            isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1
-        ):
+        if self.period != "auto" and not _whole(self.period):
+            raise BpfxError(f"Offset(period={self.period!r}): pass a whole number of at least 1, or 'auto'")
+        if not _whole(self.micro_batches):
+            raise BpfxError(f"Offset(micro_batches={self.micro_batches!r}): pass a whole number of at least 1")
+        if self.batch is not None and not _whole(self.batch):
             raise BpfxError(f"Offset(batch={self.batch!r}): pass a number of samples of at least 1, or None")
         for name in ("alpha", "lam"):
-            value = getattr(self, name)
-            if name == "lam" and value == "auto":
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not callable(value) and not (number and math.isfinite(value) and value >= 0):
-                words = "a number of at least 0 or a function of the iteration" + (
-                    ", or 'auto'" if name == "lam" else ""
-                )
-                raise BpfxError(f"Offset({name}={value!r}): pass {words}")
+            self._check_scale(name)
+        if self.form not in FORMS:
+            raise BpfxError(f"Offset(form={self.form!r}): pass 'A' or 'B'")
+        if self.alpha == "auto" and self.form != "B":
+            raise BpfxError(
+                "Offset(alpha='auto'): form 'A' is right in the mean for alpha=1 only; pass form='B' or a number"
+            )
+        if not _number(self.decay) or not 0 <= self.decay <= 1:
+            raise BpfxError(f"Offset(decay={self.decay!r}): pass a number between 0 and 1")
+        if self.clip is not None and not (_number(self.clip) and self.clip > 0):
+            raise BpfxError(f"Offset(clip={self.clip!r}): pass a number above 0, or None for no limit")
+        pair = isinstance(self.bounds, (tuple, list)) and len(self.bounds) == 2 and all(map(_whole, self.bounds))
+        if not pair or self.bounds[0] > self.bounds[1]:
+            raise BpfxError(f"Offset(bounds={self.bounds!r}): pass two periods, the smaller first, such as (1, 4)")
+        if not (_number(self.match) and self.match >= 0):
+            raise BpfxError(f"Offset(match={self.match!r}): pass a number of at least 0")
+        self._check_storage()
+        if self.lam == "auto" and self.micro_batches < 2:
+            self.micro_batches = 2
+
+    def _check_scale(self, name: str) -> None:
+        value = getattr(self, name)
+        if value == "auto" or callable(value):
+            return
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        if not all(_number(v) and v >= 0 for v in (value if listed else [value])) or (listed and not value):
+            raise BpfxError(
+                f"Offset({name}={value!r}): pass a number of at least 0, a list of such numbers, a function of the "
+                "iteration, or 'auto'"
+            )
+
+    def _check_storage(self) -> None:
         known = self.dtype is None or self.dtype == "int8"
         if not known and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise BpfxError(
@@ -87,22 +128,38 @@ class Offset:
                 raise BpfxError(
                     f"Offset(device={self.device!r}): pass a device such as 'cpu' or 'cuda:0', or None"
                 ) from None
-        if self.lam == "auto" and self.micro_batches < 2:
-            self.micro_batches = 2
 
     def scale_of(self, name: str, iteration: int) -> float:
-        """α or λ at an iteration.
+        """α or λ at an iteration, where it is no ``"auto"``.
 
         Raises:
-            BpfxError: the schedule returned no finite number.
+            BpfxError: the schedule returned no finite number of at least 0, or has ended.
         """
         value = getattr(self, name)
-        if callable(value):
-            result = value(iteration)
-            if not isinstance(result, (int, float)) or not math.isfinite(result):
-                raise BpfxError(f"Offset: the schedule for {name} returned {result!r} at iteration {iteration}")
-            return float(result)
-        return float(value)
+        if not callable(value) and not isinstance(value, Sequence):
+            return float(value)
+        try:
+            result = value(iteration) if callable(value) else value[iteration]
+        except LookupError as error:
+            length = "" if callable(value) else f" (it has {len(value)} values)"
+            raise BpfxError(
+                f"Offset: the schedule for {name} has no value for iteration {iteration}{length}; "
+                "it has to cover the whole run"
+            ) from error
+        if not _number(result) or result < 0:
+            raise BpfxError(
+                f"Offset: the schedule for {name} returned {result!r} at iteration {iteration}; "
+                "it has to return a number of at least 0"
+            )
+        return float(result)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class RefreshData:

@@ -147,6 +147,7 @@ def make(
         "report.md",
         "report.json",
         "metrics.csv",
+        *(["refreshes.csv"] if "offset" in config.methods else []),
         "plan.txt",
         "plan.svg",
         *(["curves.png"] if drawn else []),

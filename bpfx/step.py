@@ -12,6 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from bpfx._correction import EXACT, LOCAL, REFRESH, Correction
+from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads, merged
 from bpfx._offset_state import OffsetState
 from bpfx._refresh import RefreshSum, refresh_piece, restore_statistics, running_statistics
@@ -61,7 +63,6 @@ class Step(nn.Module):
         plan: what the compiler decided.
         local_step, bp_step: the two emitted graph modules; ``print(step.local_step.code)`` shows them.
         diagnostics: what the refreshes measured.
-        offset_state: Δ by parameter name, as the optimizer's parameters are: decoded, and on their device.
         iteration: calls so far.
     """
 
@@ -80,12 +81,24 @@ class Step(nn.Module):
         self.plan: Plan = compiler.plan
         self.offset = offset
         self.diagnostics = Diagnostics()
-        self.offset_state = OffsetState(offset.dtype, offset.device) if offset is not None else OffsetState()
         self.iteration = 0
-        self._lam: dict[int, float] = {}
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
-        self._block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
         self._trainable = compiler.weights.trainable()
+        self._forced: str | None = None  # kind of the steps that are being measured
+        self._correction: Correction | None = None
+        if offset is not None:
+            block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
+            last = compiler.main.blocks[-1].index
+            programs = (s.local for s in compiler.main.stages)
+            ahead = {p.block.index: len(p.ahead) for p in programs if isinstance(p, LocalGradient) and p.ahead}
+            if offset.match and ahead:
+                k = min(ahead)
+                raise BpfxError(
+                    f"Offset(match={offset.match}) needs horizon 1, since a head is to match the gradient at its own "
+                    f"block's boundary; the local loss of block {k} looks {ahead[k]} further"
+                )
+            moving = [compiler.weights[n] for n in self._trainable if block_of.get(n, last) != last]
+            self._correction = Correction(offset, block_of, last, moving)
         # The blocks whose local losses a step returns.
         stages = compiler.main.stages
         self._learning = [s.index for s in stages if isinstance(s.local, LocalGradient) or s is stages[-1]]
@@ -115,11 +128,20 @@ class Step(nn.Module):
         self._check_heads()
         self._check_budget()
         variant = compiler.variant(tensors)
-        local = self._refresh(variant, tensors) if self._due() else self._run_local(variant, tensors)
-        grads = self._corrected(local.grads)
+        kind = self._kind()
+        if kind == EXACT:
+            result = self._run_exact(variant, tensors)
+        else:
+            result = self._refresh(variant, tensors) if kind == REFRESH else self._run_local(variant, tensors)
+            result.grads = self._corrected(result.grads)
         self.iteration += 1
-        self.diagnostics.learning.add(dict(zip(self._learning, local.local_losses, strict=True)))
-        return self._deliver(local, grads)
+        self.diagnostics.learning.add(dict(zip(self._learning, result.local_losses, strict=True)), self.iteration - 1)
+        return self._deliver(result, result.grads)
+
+    @property
+    def offset_state(self) -> OffsetState:
+        """Δ by parameter name, as the optimizer's parameters are: decoded, and on their device."""
+        return self._correction.state if self._correction is not None else _NO_OFFSETS
 
     def run_local(self, *args: Any, **kwargs: Any) -> StepResult:
         """One local step; ``.grad`` and the schedule stay as they are. Running statistics are updated."""
@@ -159,36 +181,56 @@ class Step(nn.Module):
             [constants[i] if i in constants else next(queue) for i in range(total)], captured.output_spec
         )
 
-    def _corrected(self, local: Grads, names: Sequence[str] | None = None) -> Grads:
-        """g̃ = α · g_local + λ · Δ, in place; heads keep their own gradient.
+    def _run_exact(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
+        """The BP gradient of the batch, and the heads' own."""
+        assert self.offset is not None
+        wanted = [o for o in variant.captured.graph.outputs if isinstance(o, fx.Node)]
+        if self.offset.micro_batches > 1 and self._compiler.loss_fn is not None:
+            split = self._compiler.spec.split(list(tensors), self.offset.micro_batches)
+            shares = self._refresh_shares(split, tensors, None)
+            pieces = [Piece.of(self._compiler.variant(t), t, s) for t, s in zip(split, shares, strict=True) if s]
+            wanted = []  # the outputs belong to pieces; with a loss_fn nobody sees them
+        else:
+            pieces = [Piece.of(variant, tensors)]
+        parts: list[Grads] = []
+        losses: dict[int, Tensor] = {}
+        for k, grads, local_loss in exact_sweep(pieces, frozenset(n.name for n in wanted)):
+            parts.append(grads)
+            if local_loss is not None:
+                losses[k] = local_loss
+        loss = torch.stack([p.loss.detach() * p.share for p in pieces if p.loss is not None]).sum()
+        losses[variant.stages[-1].index] = loss
+        # With a horizon, the last blocks before the end have no head: their local loss is the task loss.
+        local_losses = [losses.get(k, loss) for k in self._learning]
+        outputs = self._outputs_of(pieces[0], variant) if wanted else None
+        return StepResult(loss, merged(parts), local_losses, outputs)
 
-        Args:
-            local: gradients by name.
-            names: the parameters it is about (those of one block); ``None`` for all.
-        """
-        if self.offset is None:
-            return local
-        alpha = self.offset.scale_of("alpha", self.iteration)
-        lam = None if self.offset.lam == "auto" else self.offset.scale_of("lam", self.iteration)
-        if alpha != 1.0:
-            for name, grad in local.items():
-                if not name.startswith(HEADS):
-                    grad.mul_(alpha)
-        for name in self.offset_state if names is None else names:
-            if name not in self.offset_state:
-                continue
-            scale = self._lam.get(self._block_of[name], 0.0) if lam is None else lam
-            if name in local:
-                local[name].add_(self.offset_state[name], alpha=scale)
-            elif scale:
-                local[name] = self.offset_state[name] * scale
-        return local
+    def _outputs_of(self, piece: Piece, variant: Variant) -> Any:
+        """The model's output from the values that a piece has kept."""
+        graph = variant.captured.graph
+        values = {
+            n.name: _plain(piece.values[n.name])
+            for n in graph.outputs
+            if isinstance(n, fx.Node) and n is not graph.loss
+        }
+        assert piece.loss is not None
+        values[graph.loss.name] = piece.loss
+        outputs = [values[o.name] if isinstance(o, fx.Node) else o for o in graph.outputs]
+        return self._output(variant, piece.loss, outputs)
+
+    def _corrected(self, local: Grads, names: Sequence[str] | None = None) -> Grads:
+        """g̃ in the memory of the local gradients, all of them or those of one block."""
+        return local if self._correction is None else self._correction.apply(local, self.iteration, names)
 
     # --- the refresh --------------------------------------------------------------------------------------------------
 
-    def _due(self) -> bool:
-        """Whether the schedule asks for a refresh now."""
-        return self.offset is not None and self.iteration % self.offset.period == 0
+    def _kind(self) -> str:
+        """What the schedule asks for now; to be asked once per step."""
+        if self._correction is None:
+            return LOCAL
+        self._correction.check(self.iteration)
+        self._correction.watch(self.iteration)
+        return self._forced or self._correction.kind(self.iteration)
 
     def _refresh(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         """Measure Δ; return the local gradient of the current batch."""
@@ -202,10 +244,7 @@ class Step(nn.Module):
             with self._measuring() as total:
                 losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
             assert piece.loss is not None
-            values = {n.name: _plain(piece.values[n.name]) for n in wanted if n is not variant.captured.graph.loss}
-            values[variant.captured.graph.loss.name] = piece.loss
-            outputs = [values[o.name] if isinstance(o, fx.Node) else o for o in variant.captured.graph.outputs]
-            return StepResult(piece.loss, merged(parts), losses, self._output(variant, piece.loss, outputs))
+            return StepResult(piece.loss, merged(parts), losses, self._outputs_of(piece, variant))
         self._measure(tensors)
         return self._run_local(variant, tensors)
 
@@ -285,31 +324,38 @@ class Step(nn.Module):
     @contextmanager
     def _measuring(self) -> Iterator[RefreshSum]:
         """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
-        total = RefreshSum(self.offset_state, self._block_of)
+        correction, iteration = self._correction, self.iteration
+        assert correction is not None
+        total = RefreshSum(
+            correction.state,
+            correction.block_of,
+            lambda k: correction.inside(k, iteration),
+            correction.compares,
+            correction.offset.match > 0,
+        )
         try:
             yield total
         except BaseException:
             # Half of the blocks may have their new offset. The next call refreshes again, since this one did not count.
             if total.seen:
-                self.offset_state.keep(lambda name: False)
+                correction.forget()
             raise
-        statistics = total.finish()
+        found = total.finish()
         complaint = total.complaint()
         if complaint is not None:
             warnings.warn(
-                f"NaN or infinite gradients at the refresh of iteration {self.iteration}: {complaint}",
+                f"NaN or infinite gradients at the refresh of iteration {iteration}: {complaint}",
                 BpfxWarning,
                 stacklevel=6,
             )
-        if not statistics and total.bad:
+        if not found and total.bad:
+            correction.failed(iteration)
             return
-        assert self.offset is not None
-        if self.offset.lam == "auto":
-            self._lam |= {k: min(max(1.0 - (s["spread"] or 0.0), 0.0), 1.0) for k, s in statistics.items()}
-        blocks = [{"block": k, **s, "lam": self._lam.get(k)} for k, s in statistics.items()]
-        inner = [s["cosine"] for s in statistics.values() if s["cosine"] is not None]
+        blocks = correction.settle(iteration, found, total.matching)
+        inner = [f.cosine for f in found.values() if f.cosine is not None]
         mean = sum(inner) / len(inner) if inner else 1.0
-        self.diagnostics.refreshes.append({"iteration": self.iteration, "blocks": blocks, "cosine": mean})
+        record = {"iteration": iteration, "blocks": blocks, "cosine": mean, "period": correction.rule.period}
+        self.diagnostics.refreshed(record)
 
     # --- delivery -----------------------------------------------------------------------------------------------------
 
@@ -367,7 +413,7 @@ class Step(nn.Module):
         return {
             "iteration": self.iteration,
             "offset": self.offset_state.state(),
-            "lam": dict(self._lam),
+            "correction": self._correction.progress() if self._correction is not None else None,
             "blocks": [b.name for b in self.plan.blocks],
             "refreshes": list(self.diagnostics.refreshes),
         }
@@ -382,7 +428,8 @@ class Step(nn.Module):
         weights = self._compiler.weights
         self.iteration = int(state["iteration"])
         self.offset_state.load(state["offset"], lambda name: weights[name].device)
-        self._lam = dict(state["lam"])
+        if self._correction is not None and state["correction"] is not None:
+            self._correction.load_progress(state["correction"])
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
     def _check_blocks(self, state: dict[str, Any]) -> None:
@@ -407,6 +454,9 @@ class Step(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.blocks)} blocks, offset={self.offset}"
+
+
+_NO_OFFSETS = OffsetState()
 
 
 class _Deliver(torch.autograd.Function):

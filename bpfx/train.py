@@ -4,8 +4,9 @@
     local   every block on its own local loss
     offset  local losses corrected by the BP offset
 
-A run lives in a folder: its settings (config.json), the curves (metrics.csv), a checkpoint that is written atomically,
-the trained weights of each method (bp.pt, …) and at the end the report. A run that was stopped, in whatever way,
+A run lives in a folder: its settings (config.json), the curves (metrics.csv), what every refresh of the offset measured
+(refreshes.csv), a checkpoint that is written atomically, the trained weights of each method (bp.pt, …) and at the end
+the report. A run that was stopped, in whatever way,
 continues from its checkpoint and on the CPU ends with the very numbers of one that was not.
 """
 
@@ -16,14 +17,10 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -33,23 +30,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import bpfx
-from bpfx import _measure, data, report
+from bpfx import _measure, data, logs, report
 from bpfx._config import CONFIG_FILE, METHODS, Config, build, example_batch, prepare
+from bpfx._runs import Interrupted, Stop, batches, random_state, replace, restore_random
 from bpfx.errors import BpfxError
 from bpfx.step import Step
 
 __all__ = ["METHODS", "Config", "Interrupted", "Trainee", "resume", "start"]
 
 _METRICS = ("method", "iteration", "lr", "train_loss", "test_accuracy", "seconds")
-_CHECKPOINT = "checkpoint.pt"
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved where it was; carries the run's folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self.folder = folder
+_CHECKPOINT, _REFRESHES = "checkpoint.pt", "refreshes.csv"
+_TENSORBOARD = "tensorboard"  # a folder; where a run has it, --resume writes on
 
 
 @dataclasses.dataclass
@@ -86,29 +77,34 @@ class Trainee:
         return F.cross_entropy(self.model(x), y) if self.step is None else self.step(x, y)
 
     def new_cosines(self) -> list[float]:
-        """Mean cosine between local and BP gradient, of every refresh since the last call."""
+        """Mean cosine between local and BP gradient, of every refresh of this process since the last call.
+
+        Of the latest 2000 at most, which is what diagnostics keep.
+        """
         if self.step is None:
             return []
-        refreshes = self.step.diagnostics.refreshes
-        new, self._refreshes_seen = refreshes[self._refreshes_seen :], len(refreshes)
-        return [float(refresh["cosine"]) for refresh in new]
+        diagnostics = self.step.diagnostics
+        new, self._refreshes_seen = diagnostics.measured - self._refreshes_seen, diagnostics.measured
+        return [float(refresh["cosine"]) for refresh in diagnostics.refreshes[-new:]] if new > 0 else []
 
 
-def start(config: Config, folder: Path, console: Console) -> report.Report:
+def start(config: Config, folder: Path, console: Console, tensorboard: bool = False) -> report.Report:
     """Run every method of `config` from the beginning.
 
     Args:
         config: the settings.
         folder: created; must not hold a run yet.
         console: where progress and the report are printed.
+        tensorboard: write TensorBoard events as well, under `folder`/tensorboard.
 
     Raises:
-        BpfxError: the folder holds a run already, or a setting does not work for the model or the data.
+        BpfxError: the folder holds a run already, a setting does not work for the model or the data, or tensorboard is
+            wanted and not installed.
         Interrupted: Ctrl-C; the work so far is saved.
     """
     if (folder / CONFIG_FILE).exists():
         raise BpfxError(f"{folder} already holds a run; continue it with --resume {folder}, or choose another folder.")
-    return _Run(config, folder, console).execute()
+    return _Run(config, folder, console, tensorboard).execute()
 
 
 def resume(folder: Path, console: Console) -> report.Report:
@@ -118,21 +114,24 @@ def resume(folder: Path, console: Console) -> report.Report:
         BpfxError: the folder holds no run, or its checkpoint is damaged.
         Interrupted: Ctrl-C; the work so far is saved.
     """
-    return _Run(Config.read(folder), folder, console).execute()
+    config = Config.read(folder)
+    return _Run(config, folder, console, (folder / _TENSORBOARD).is_dir()).execute()
 
 
 class _Run:
     """One run: its state on disk and in memory, and the loop."""
 
-    def __init__(self, config: Config, folder: Path, console: Console) -> None:
-        self.config, self.folder, self.console = config, folder, console
+    def __init__(self, config: Config, folder: Path, console: Console, tensorboard: bool) -> None:
+        self.config, self.folder, self.console, self.tensorboard = config, folder, console, tensorboard
         self.rows: list[dict[str, Any]] = []
         self.finished: dict[str, dict[str, Any] | None] = {}
         self.current: dict[str, Any] | None = None
-        self.stop = False
+        self.stop = Stop()
 
     def execute(self) -> report.Report:
         # Everything that can be wrong with the settings shows before a folder is made.
+        if self.tensorboard:
+            logs.summary_writer()
         splits = prepare(self.config)
         plan = bpfx.plan(
             build(self.config, splits),
@@ -143,6 +142,8 @@ class _Run:
             horizon=self.config.horizon,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.tensorboard:
+            (self.folder / _TENSORBOARD).mkdir(exist_ok=True)
         self._load()
         self._write_config()
         self.console.print(
@@ -150,10 +151,11 @@ class _Run:
             f"images, {len(plan.blocks)} blocks; writing to {self.folder}",
             soft_wrap=True,
         )
-        with self._interrupts(), self._progress() as progress:
+        with self.stop.listening(self.folder), self._progress() as progress:
             for method in self.config.methods:
                 if method not in self.finished:
-                    self.finished[method] = self._method(method, splits, progress)
+                    with ExitStack() as opened:
+                        self.finished[method] = self._method(method, splits, progress, opened)
                     self.current = None
                     self._save()
             if "bp" in self.config.methods and "checkpointing" not in self.finished:
@@ -163,8 +165,11 @@ class _Run:
                 self._save()
         return report.make(self.config, self.folder, self.finished, self.rows, plan, self.console)
 
-    def _method(self, method: str, splits: data.Splits, progress: Progress) -> dict[str, Any]:
-        """Train one method to its end, from its checkpoint if there is one, and measure it."""
+    def _method(self, method: str, splits: data.Splits, progress: Progress, opened: ExitStack) -> dict[str, Any]:
+        """Train one method to its end, from its checkpoint if there is one, and measure it.
+
+        `opened` takes what is to be closed afterwards.
+        """
         config = self.config
         trainee = Trainee.make(config, splits, method)
         optimizer = torch.optim.AdamW(trainee.module.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -179,16 +184,17 @@ class _Run:
             trainee.module.load_state_dict(state.pop("module"))
             optimizer.load_state_dict(state.pop("optimizer"))
             schedule.load_state_dict(state.pop("schedule"))
-            _restore_random(state.pop("random"))
+            restore_random(state.pop("random"))
             trainee.new_cosines()  # those before the checkpoint are in it already
         probe = example_batch(config, splits)
+        scalars = self._logs(method, trainee, state["iteration"], opened)
 
         def freeze() -> dict[str, Any]:
             return state | {
                 "module": trainee.module.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
-                "random": _random_state(),
+                "random": random_state(),
             }
 
         label = report.LABELS[method]
@@ -196,9 +202,9 @@ class _Run:
         eval_every = config.eval_every or max(1, config.iterations // 8)
         log_every = max(1, config.iterations // 200)
         saved_at = time.monotonic()
-        batches = self._batches(splits.train, state["iteration"])
+        source = batches(splits.train, config, state["iteration"])
         while state["iteration"] < config.iterations and state["diverged"] is None:
-            x, y = next(batches)
+            x, y = next(source)
             began = time.perf_counter()
             loss = trainee(x, y)
             loss.backward()
@@ -220,41 +226,54 @@ class _Run:
             if tested or iteration % log_every == 0:
                 elapsed = sum(state["seconds"])
                 self.rows.append(dict(zip(_METRICS, (method, iteration, rate, value, accuracy, elapsed), strict=True)))
+                scalars.tell({name: v for name, v in self.rows[-1].items() if isinstance(v, int | float)})
             if accuracy is not None:
                 self._note(f"{label}: iteration {iteration}, test accuracy {100 * accuracy:.1f} %")
             progress.update(task, completed=iteration, status=f"loss {value:.2f}")
             due = config.checkpoint_every is not None and iteration % config.checkpoint_every == 0
-            if self.stop or due or time.monotonic() - saved_at >= config.checkpoint_seconds:
+            if self.stop.asked or due or time.monotonic() - saved_at >= config.checkpoint_seconds:
                 self.current = freeze()
                 self._save()
                 saved_at = time.monotonic()
-            if self.stop:
+            if self.stop.asked:
                 raise Interrupted(self.folder)
         progress.update(task, completed=config.iterations, status="measuring memory")
         weights = trainee.model.state_dict()
-        _replace(self.folder / f"{method}.pt", lambda path: torch.save(weights, path))
-        period = config.period if method == "offset" else 1
+        replace(self.folder / f"{method}.pt", lambda path: torch.save(weights, path))
+        # Where the period is not fixed, windows long enough to hold refreshes.
+        period = config.period if isinstance(config.period, int) else 16
+        refreshes = method == "offset"
+        step = trainee.step if refreshes else None
+        measure = partial(_measure.refresh_memory, step) if step is not None else _measure.step_memory
         result = {
             "accuracy": next(r["test_accuracy"] for r in reversed(self.rows) if r["method"] == method),
             "cosines": state["cosines"],
             "diverged": state["diverged"],
-            "seconds_per_step": _measure.seconds_per_step(state["seconds"], period),
+            "seconds_per_step": _measure.seconds_per_step(state["seconds"], period if refreshes else 1),
             "state_bytes": _measure.state_bytes(trainee.module, optimizer),
-            **_measure.step_memory(lambda: trainee(*probe), optimizer, period, state["iteration"]),
         }
+        with trainee.step.diagnostics.aside() if trainee.step is not None else nullcontext():
+            result |= measure(lambda: trainee(*probe), optimizer)
         progress.update(task, status="done")
         return result
 
-    def _batches(self, train: data.Split, iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless batches from `iteration` on, epoch after epoch, without the smaller last one of each."""
-        # BatchNorm cannot train on a single sample, which the last batch may be.
-        size = min(self.config.batch_size, len(train))
-        per_epoch = data.batch_count(train, size, drop_last=True)
-        epoch, skip = divmod(iteration, per_epoch)
-        while True:
-            for x, y in data.batches(train, size, self.config.seed, epoch, skip, drop_last=True):
-                yield x.to(self.config.device), y.to(self.config.device)
-            epoch, skip = epoch + 1, 0
+    def _logs(self, method: str, trainee: Trainee, iteration: int, opened: ExitStack) -> logs.Listeners:
+        """Have the trainee's diagnostics written; whoever is told the rows of metrics.csv."""
+        scalars = logs.Listeners()
+        step = trainee.step
+        if method == "offset" and step is not None:
+            writer = logs.CsvWriter(self.folder / _REFRESHES)
+            writer.resume(step)  # without a checkpoint: from the beginning
+            step.diagnostics.listen(writer)
+        if self.tensorboard:
+            # + 1: the row of the iteration that ended with the checkpoint stays.
+            start = iteration + 1 if iteration else 0
+            events = logs.TensorBoardWriter(self.folder / _TENSORBOARD / method, start)
+            opened.callback(events.close)
+            scalars.add(events)
+            if step is not None:
+                step.diagnostics.listen(events)
+        return scalars
 
     def _write_config(self) -> None:
         versions = {"bpfx": importlib.metadata.version("bpfx"), "torch": torch.__version__}
@@ -263,12 +282,12 @@ class _Run:
             "made_with": versions | {"threads": torch.get_num_threads()},
         }
         text = json.dumps(content, indent=2) + "\n"
-        _replace(self.folder / CONFIG_FILE, lambda path: path.write_text(text, "utf-8"))
+        replace(self.folder / CONFIG_FILE, lambda path: path.write_text(text, "utf-8"))
 
     def _save(self) -> None:
         state = {"rows": self.rows, "finished": self.finished, "current": self.current}
-        _replace(self.folder / _CHECKPOINT, lambda path: torch.save(state, path))
-        _replace(self.folder / "metrics.csv", self._write_metrics)
+        replace(self.folder / _CHECKPOINT, lambda path: torch.save(state, path))
+        replace(self.folder / "metrics.csv", self._write_metrics)
 
     def _write_metrics(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -305,28 +324,6 @@ class _Run:
             disable=not self.console.is_terminal,
         )
 
-    @contextmanager
-    def _interrupts(self) -> Iterator[None]:
-        """The first Ctrl-C ends the step, saves and stops; the second one stops at once."""
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            yield
-            return
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise Interrupted(self.folder) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
 
 def evaluate(trainee: Trainee, test: data.Split, batch_size: int, device: str) -> float:
     """Share of `test` that the model gets right, between 0 and 1; leaves it in training mode."""
@@ -338,28 +335,3 @@ def evaluate(trainee: Trainee, test: data.Split, batch_size: int, device: str) -
     trainee.module.train()
     trainee.model.train()
     return correct / len(test)
-
-
-def _random_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(words), gauss]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a reader, or a run killed here, finds the old file or the new, never a half."""
-    beside = path.with_name(path.name + ".new")
-    write(beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfx._correction import EXACT, REFRESH
+from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads
 from bpfx._idle import IdleState
 from bpfx._refresh import restore_statistics, running_statistics
@@ -118,6 +120,7 @@ class BlockTrainer:
         self.local_losses: dict[int, Tensor] = {}
         self.broken: str | None = None
         # From the example batch, so that a resumed run passes the blocks (and draws random numbers) in the same order.
+        self._complete_at = compiler.complete_at(self._named) if mode == "local" else {}
         self._groups, self._refresh_pieces = compiler.arrange(micro_batches) if mode == "local" else ([], 1)
 
     @property
@@ -157,24 +160,27 @@ class BlockTrainer:
         weights, mutated = compiler.weights, compiler.main.captured.mutated_buffers
         statistics, random = running_statistics(weights, mutated, step.heads), get_rng_state()
         stepped: list[int] = []
-        refreshes = len(step.diagnostics.refreshes)
+        learnt = step._correction.progress() if step._correction is not None else None
         try:
-            if self.mode == "local" and step._due():
+            kind = step._kind() if self.mode == "local" else EXACT
+            if kind == REFRESH:
                 size = -(-compiler.spec.samples(tensors) // self._refresh_pieces)
                 step._measure(tensors, size, self._boundary_home, self._idle.use, self.reduction)
             norm: float | None = None
             if self.clip_norm is not None and self.clip == "global":
-                norm = self._global_norm(pieces, shares)
+                norm = self._global_norm(pieces, shares, kind)
                 restore_statistics(weights, step.heads, statistics)
                 set_rng_state(random)
-            loss = self._sweep(pieces, shares, norm, stepped)
+            loss = self._sweep(pieces, shares, kind, norm, stepped)
             self._blocks.schedule(float(loss) if self._blocks.wants_loss else None)
         except BaseException as error:
             self._clean()
             if not stepped:
                 restore_statistics(weights, step.heads, statistics)
                 set_rng_state(random)
-                del step.diagnostics.refreshes[refreshes:]  # the next step measures again
+                step.diagnostics.retract(step.iteration)  # the next step measures again
+                if step._correction is not None and learnt is not None:
+                    step._correction.load_progress(learnt)
                 raise
             self.broken = (
                 f"a step failed after {len(stepped)} of {len(self.optimizers)} blocks had been stepped "
@@ -202,46 +208,59 @@ class BlockTrainer:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _gradients(self, inputs: Sequence[list[Tensor]], shares: Sequence[float]) -> Iterator[tuple[int, Grads, Any]]:
-        """Every block's gradient, offsets not yet added, in the order of the mode; at last the loss, under index -1."""
+    def _gradients(
+        self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str
+    ) -> Iterator[tuple[int, Grads, Any]]:
+        """Every block's gradient, offsets not yet added, in the sweep's order; at last the loss, under index -1."""
         compiler = self.converted._compiler
         pieces = [
             Piece.of(compiler.variant(tensors), tensors, share, self._boundary_home, self._idle.use)
             for tensors, share in zip(inputs, shares, strict=True)
             if share  # a piece without a single target that counts has no loss
         ]
-        if self.mode == "local":
-            for k, grads, local_loss in local_sweep(pieces, self._groups):
-                yield k, grads, local_loss
-        else:
+        if self.mode == "bp":
             for k, grads in bp_sweep(pieces):
                 yield k, grads, None
+        elif kind == EXACT:
+            yield from exact_sweep(pieces)
+        else:
+            yield from local_sweep(pieces, self._groups)
         losses = [p.loss * p.share for p in pieces if p.loss is not None]
         yield -1, {}, torch.stack([loss.detach() for loss in losses]).sum()
 
     def _complete(
-        self, inputs: Sequence[list[Tensor]], shares: Sequence[float]
+        self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str
     ) -> Generator[tuple[int, Grads, Any], None, None]:
         """As :meth:`_gradients`, a block's gradients being those that its optimizer steps, complete and corrected.
 
         The gradient of a parameter that two blocks share waits for the second.
         """
         waiting: Grads = {}
-        for k, grads, extra in self._gradients(inputs, shares):
+        held: dict[int, Any] = {}  # blocks that wait for a parameter's other gradient, with their local losses
+        for k, grads, extra in self._gradients(inputs, shares, kind):
             if k < 0:
+                for late in list(held):  # what they wait for has no gradient
+                    yield late, self._mine(late, waiting, kind), held.pop(late)
                 yield k, {}, extra
                 return
             # No name for a single gradient: it would keep the last one alive while the next block runs.
             for name in list(grads):
                 waiting[name] = waiting[name].add_(grads.pop(name)) if name in waiting else grads.pop(name)
-            names = [name for name, _ in self._named.get(k, ())]
-            mine = {n: waiting.pop(n) for n in names if n in waiting}
-            if self.mode == "local":
-                mine = self.converted._corrected(mine, names)
-            yield k, mine, extra
+            held[k] = extra
+            for ready in [h for h in held if k <= self._complete_at.get(h, h) or not self._turned(kind)]:
+                yield ready, self._mine(ready, waiting, kind), held.pop(ready)
 
-    def _global_norm(self, inputs: Sequence[list[Tensor]], shares: Sequence[float]) -> float:
-        with closing(self._complete(inputs, shares)) as blocks:
+    def _turned(self, kind: str) -> bool:
+        """Whether this sweep goes the other way than the one after which the optimizers were sorted."""
+        return self.mode == "local" and kind == EXACT
+
+    def _mine(self, k: int, waiting: Grads, kind: str) -> Grads:
+        names = [name for name, _ in self._named.get(k, ())]
+        mine = {n: waiting.pop(n) for n in names if n in waiting}
+        return self.converted._corrected(mine, names) if self.mode == "local" and kind != EXACT else mine
+
+    def _global_norm(self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str) -> float:
+        with closing(self._complete(inputs, shares, kind)) as blocks:
             squares = [
                 torch.nn.utils.get_total_norm(list(grads.values())).double().square()
                 for k, grads, _ in blocks
@@ -250,13 +269,18 @@ class BlockTrainer:
         return math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0
 
     def _sweep(
-        self, inputs: Sequence[list[Tensor]], shares: Sequence[float], norm: float | None, stepped: list[int]
+        self,
+        inputs: Sequence[list[Tensor]],
+        shares: Sequence[float],
+        kind: str,
+        norm: float | None,
+        stepped: list[int],
     ) -> Tensor:
         self.grad_norms.clear()
         self.local_losses.clear()
         # Closed at once when a step fails: an abandoned sweep would keep its gradients alive for as long as someone
         # holds the error, and set the random state when that is let go.
-        with closing(self._complete(inputs, shares)) as blocks:
+        with closing(self._complete(inputs, shares, kind)) as blocks:
             for k, grads, extra in blocks:
                 if k < 0:
                     loss: Tensor = extra
@@ -276,13 +300,13 @@ class BlockTrainer:
                     for name, _ in self._named.get(k + 1, ()):
                         self.converted.offset_state.prefetch(name)
         self._idle.release()
-        self.converted.diagnostics.learning.add(self.local_losses)
+        self.converted.diagnostics.learning.add(self.local_losses, self.converted.iteration)
         return loss
 
     def _present(self, k: int) -> None:
         """The parameters of block k on their device: one that shares a group with others may have been sent home."""
         stages = self.converted._compiler.main.stages
-        following = k + 1 if self.mode == "local" else k - 1
+        following = k + 1 if self.mode == "local" else k - 1  # an exact step of a local run fetches later than it could
         ahead = stages[following].reads if 0 <= following < len(stages) else ()
         self._idle.use([name for name, _ in self._named[k]], ahead)
 

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from bpfx import cli, train
+from bpfx import _runs, cli, train
 from bpfx._config import Config
 
 TINY = ["--iterations", "6", "--batch-size", "8", "--eval-images", "40", "--blocks", "3", "--period", "2"]
 FILES = [
     "config.json",
     "metrics.csv",
+    "refreshes.csv",
     "report.md",
     "report.json",
     "curves.png",
@@ -207,7 +208,7 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise Killed
 
     with pytest.raises(Killed):
-        train._replace(path, half)
+        _runs.replace(path, half)
     assert path.read_text() == "old"
 
 
@@ -251,7 +252,7 @@ def test_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--iterations", "0"], "iterations must be at least 1, not 0"),
         (["train", "--local-loss", "nope"], "local_loss='nope' is not known; the known ones are auglocal"),
         (["plan", "--horizon", "0"], "horizon must be at least 1, not 0"),
-        (["train", "--period", "0"], "period must be at least 1, not 0"),
+        (["train", "--period", "0"], "period=0"),
         (["train", "--lambda", "much"], "argument --lambda: 'much' is neither a number nor auto"),
         (["train", "--lambda", "-1"], "lam=-1.0"),
         (["train", "--offset-batch", "200"], "offset_batch must be at most the batch size, 100, not 200"),

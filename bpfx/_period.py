@@ -1,0 +1,151 @@
+"""When the offset is measured: at a fixed period, or at one that follows how the offsets age."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpfx.offset import Offset
+
+REFRESH, EXACT, LOCAL = "refresh", "exact", "local"
+# A refresh and K−1 local steps cost as much as K exact BP steps at K of 2 to 3: a period is 4 at least, or 1.
+SHORTEST = 4
+MEMORY = 0.75  # of the running mean over refreshes
+ENOUGH = 4  # refreshes under one period before it is changed
+RISE = 0.1  # of the mean from where on a longer period is tried; exact steps lose nothing but time, so not at 0
+JUMP = 4.0  # times as far as before, in two steps one after the other
+
+
+class PeriodRule:
+    """The iterations of a run, each a refresh, an exact BP step or a local step.
+
+    With ``period="auto"`` the rule asks at every refresh: is the old offset still a way down? That is the sign of the
+    cosine of the new BP gradient and the old Δ, mean over the blocks. Noise that was frozen into Δ and followed too far
+    makes it negative, as does a Δ that has gone out of date. It begins with exact steps, goes over to a period of 4
+    and on to doubled ones where the running mean is clearly positive, and goes back step by step where it is negative.
+
+    Attributes:
+        period: K in force; 1 stands for exact BP steps.
+    """
+
+    def __init__(self, offset: Offset) -> None:
+        self._fixed = offset.period if isinstance(offset.period, int) else None
+        low, high = offset.bounds
+        self._periods = [] if low > 1 else [1]
+        period = low if low > 1 else SHORTEST
+        while period <= high:
+            self._periods.append(period)
+            period *= 2
+        self.period = self._fixed or self._periods[0]
+        self._next = 0
+        self._trend = 0.0
+        self._count = 0
+
+    @property
+    def auto(self) -> bool:
+        return self._fixed is None
+
+    def kind(self, iteration: int) -> str:
+        """What an iteration is: ``"refresh"``, ``"exact"`` or ``"local"``."""
+        if self._fixed is not None:
+            return REFRESH if iteration % self._fixed == 0 else LOCAL
+        if iteration >= self._next:
+            return REFRESH
+        return EXACT if self.period == 1 else LOCAL
+
+    def measured(self, iteration: int, descents: Sequence[float]) -> None:
+        """Take the cosines of new BP gradients and old Δ that a refresh found; none where it failed."""
+        if self._fixed is not None:
+            return
+        if descents:
+            self._count += 1
+            share = max(1 / self._count, 1 - MEMORY)
+            self._trend += share * (sum(descents) / len(descents) - self._trend)
+        level = self._periods.index(self.period)
+        if self._count >= ENOUGH:
+            move = 1 if self._trend > RISE else -1 if self._trend < 0 else 0
+            level = min(max(level + move, 0), len(self._periods) - 1)
+        if self._periods[level] != self.period:
+            self.period, self._count = self._periods[level], 0
+        self._next = iteration + max(self.period, SHORTEST)
+
+    def alarm(self, iteration: int) -> None:
+        """The weights have begun to move much further: measure now, and trust nothing that was measured before."""
+        if self._fixed is None:
+            self.period, self._next, self._trend, self._count = self._periods[0], iteration, 0.0, 0
+
+    def state(self) -> dict[str, Any]:
+        return {"period": self.period, "next": self._next, "trend": self._trend, "count": self._count}
+
+    def load(self, state: dict[str, Any]) -> None:
+        known = self._fixed is None and state["period"] in self._periods
+        self.period = state["period"] if known else self._fixed or self._periods[0]
+        self._next, self._trend, self._count = state["next"], state["trend"], state["count"]
+
+
+class Pace:
+    """How far the weights move in a step, from a sample of them: learning rate and optimizer as the weights feel it.
+
+    Args:
+        parameters: of which up to 8 are looked at, 64 numbers each.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._sampled = list(parameters[:: max(1, -(-len(parameters) // 8))])
+        self._before: Tensor | None = None
+        self._pending: Tensor | None = None
+        self._usual: float | None = None
+        self._steps = self._high = 0
+        self._iteration = -1
+
+    def jumped(self, iteration: int) -> float | None:
+        """How many times further the weights went than before, where that is news; to be asked in every iteration.
+
+        The answer is one step late, since reading a number at once would wait for the device.
+        """
+        if iteration == self._iteration:
+            return None  # the iteration is tried again
+        self._iteration = iteration
+        moved = float(self._pending) if self._pending is not None else None
+        now = torch.cat([p.detach().flatten()[:64].float().abs() for p in self._sampled]) if self._sampled else None
+        self._pending = None
+        if now is not None and self._before is not None:
+            self._pending = (now - self._before).norm()
+        self._before = now
+        if moved is None:
+            return None
+        self._steps += 1
+        usual = self._usual
+        high = usual is not None and usual > 0 and self._steps > 8 and moved > JUMP * usual
+        self._high = self._high + 1 if high else 0
+        if high and self._high < 2:
+            return None  # one step alone may be an unlucky batch
+        self._usual = moved if usual is None or high else 0.8 * usual + 0.2 * moved
+        self._high = 0 if high else self._high
+        return moved / usual if high and usual else None
+
+    def restart(self) -> None:
+        """Learn anew how far a step goes; between exact and corrected steps that changes by itself."""
+        self._usual, self._steps, self._high = None, 0, 0
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on with."""
+        return {
+            "before": self._before,
+            "pending": self._pending,
+            "usual": self._usual,
+            "steps": self._steps,
+            "high": self._high,
+            "iteration": self._iteration,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        device = self._sampled[0].device if self._sampled else None
+        self._before, self._pending = (
+            t.to(device) if t is not None else None for t in (state["before"], state["pending"])
+        )
+        self._usual, self._steps, self._high = state["usual"], state["steps"], state["high"]
+        self._iteration = state["iteration"]

@@ -1,0 +1,359 @@
+"""The offset's two forms, what scales it, and the iterations in which exact BP takes its place."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from oracles import (
+    assert_buffers,
+    assert_gradients,
+    bp_oracle,
+    buffers,
+    clear_gradients,
+    detached_oracle,
+    drop_in,
+    seed_all,
+)
+from test_exactness import combine, convert, of_heads, of_model, setting
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bpfx
+from bpfx._correction import EXACT, LOCAL, REFRESH
+from bpfx._period import Pace, PeriodRule
+
+# --- forms and scales -------------------------------------------------------------------------------------------------
+
+CASES = [  # form, α, λ
+    ("A", 1.0, 1.0),
+    ("A", 0.5, 0.7),
+    ("B", 1.0, 1.0),
+    ("B", 0.5, 1.0),
+    ("B", 0.0, 1.0),
+    ("B", 0.3, 0.6),
+]
+
+
+@pytest.mark.parametrize(("form", "alpha", "lam"), CASES)
+def test_gradients_of_a_refresh_and_of_the_step_after_it(form: str, alpha: float, lam: float) -> None:
+    """At a refresh and one step later, with another batch order of draws, g̃ is what the formula says."""
+    case, cuts = setting("eager")
+    step = convert(case, cuts, offset=bpfx.Offset(period=2, form=form, alpha=alpha, lam=lam, decay=0.5))
+    first = bp_oracle(case, 0), detached_oracle(case, step.heads, cuts, 0)
+    inside = 1.0 if form == "A" else alpha
+    delta = combine(lambda g, own: g - inside * own, first[0].grads, of_model(first[1]))
+    for t in range(2):
+        now = detached_oracle(case, step.heads, cuts, t)
+        found = drop_in(step, case.batch, seed=t)
+        names = set(step.plan.blocks[-1].parameter_names)
+        expected = {}
+        for name, own in of_model(now).items():
+            scale = 1.0 if form == "B" and name in names else alpha
+            offset = torch.zeros_like(own) if name in names else delta[name]
+            expected[name] = scale * own + lam * 0.5**t * offset
+        assert_gradients(of_model(found), expected)
+        assert_gradients(of_heads(found), of_heads(now))
+
+
+def test_control_variate_with_alpha_one_is_form_a_and_with_zero_the_stale_bp_gradient() -> None:
+    found = {}
+    for form, alpha in (("A", 1.0), ("B", 1.0), ("B", 0.0)):
+        torch.manual_seed(0)  # the same heads
+        case, cuts = setting("eager")
+        step = convert(case, cuts, offset=bpfx.Offset(period=3, form=form, alpha=alpha))
+        bp = bp_oracle(case, 0)
+        for t in range(2):
+            found[form, alpha] = of_model(drop_in(step, case.batch, seed=t))
+    assert_gradients(found["B", 1.0], found["A", 1.0])
+    inner = set(step.offset_state)
+    stale = found["B", 0.0]
+    assert_gradients({n: stale[n] for n in inner}, {n: bp.grads[n] for n in inner})
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.5, 1e9])
+def test_clip_bounds_the_offset_block_by_block(clip: float) -> None:
+    case, cuts = setting("eager")
+    step = convert(case, cuts, offset=bpfx.Offset(period=1, clip=clip))
+    bp, local = bp_oracle(case, 0), of_model(detached_oracle(case, step.heads, cuts, 0))
+    found = of_model(drop_in(step, case.batch, seed=0))
+    for block in step.plan.blocks[:-1]:
+        names = block.parameter_names
+        added = norm({n: found[n] - local[n] for n in names})
+        limit = clip * norm({n: local[n] for n in names})
+        whole = norm({n: bp.grads[n] - local[n] for n in names})
+        assert added == pytest.approx(min(limit, whole), rel=1e-6)
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors.values()))
+
+
+def test_a_list_is_a_schedule() -> None:
+    case, cuts = setting("eager")
+    step = convert(case, cuts, offset=bpfx.Offset(period=1, lam=[1.0, 0.0]))
+    bp, local = bp_oracle(case, 0), of_model(detached_oracle(case, step.heads, cuts, 1))
+    assert_gradients(of_model(drop_in(step, case.batch, seed=0)), bp.grads)
+    assert_gradients(of_model(drop_in(step, case.batch, seed=1)), local)
+
+
+# --- exact steps ------------------------------------------------------------------------------------------------------
+
+
+def auto(case: Any, cuts: Any, **options: Any) -> Any:
+    return convert(case, cuts, offset=bpfx.Offset(**options))
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+@pytest.mark.parametrize("name", ["convnet", "gpt2", "branch_inside", "lstm", "unet"])
+def test_exact_steps_are_bp_and_heads_learn_on(name: str, horizon: int) -> None:
+    """The iterations between a rule's first refreshes: BP gradients, heads' own local gradients, statistics once."""
+    case, cuts = setting("eager") if name == "convnet" else (zoo.ZOO[name].case(), zoo.ZOO[name].cuts)
+    step = convert(case, cuts, horizon=horizon, offset=bpfx.Offset())
+    for t in range(3):
+        assert step._correction.kind(t) == (REFRESH if t == 0 else EXACT)
+        bp = bp_oracle(case, t)
+        expected = expected_heads(case, step, t)
+        found = drop_in(step, case.batch, seed=t)
+        assert_gradients(of_model(found), bp.grads)
+        if expected or of_heads(found):  # with as few blocks as the horizon there are no heads
+            assert_gradients(of_heads(found), expected)
+        assert_buffers(found.buffers, bp.buffers)
+        assert torch.allclose(found.loss, bp.loss, rtol=1e-5)
+
+
+def expected_heads(case: Any, step: Any, seed: int) -> dict[str, Tensor]:
+    """The heads' gradients in a local step; model, heads and generators are left as they were."""
+    state = copy.deepcopy(dict(step.named_buffers()))
+    seed_all(seed)
+    batch = case.batch
+    grads = step.run_local(**batch).grads if isinstance(batch, dict) else step.run_local(*batch).grads
+    with torch.no_grad():
+        for n, b in step.named_buffers():
+            b.copy_(state[n])
+    return {n: g for n, g in grads.items() if n.startswith("bpfx.heads.")}
+
+
+def test_exact_steps_in_pieces_are_bp_as_well() -> None:
+    case = zoo.mlp(4, dtype=torch.float64)
+    step = convert(case, zoo.MLP_CUTS, offset=bpfx.Offset(micro_batches=2))
+    for t in range(2):
+        bp = bp_oracle(case, t)
+        assert_gradients(of_model(drop_in(step, case.batch, seed=t)), bp.grads)
+    assert len(step.diagnostics.learning._sum) == len(step.plan.blocks), "every block's loss was seen"
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.1, "clip": "global"}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trainer_with_the_default_offset_begins_as_plain_training(
+    micro_batches: int, clip: dict[str, Any], tied: bool
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)], nn.Linear(6, 3)).double()
+    if tied:
+        net[2][0].weight = net[0][0].weight
+    plain = copy.deepcopy(net)
+    x, y = torch.randn(8, 6, dtype=torch.double), torch.randint(0, 3, (8,))
+    step = bpfx.convert(net, F.cross_entropy, (x, y), blocks=["1", "2", "3", "4"])
+    heads = copy.deepcopy(step.heads)
+    trainer = bpfx.BlockTrainer(step, functools.partial(torch.optim.SGD, lr=0.1), micro_batches=micro_batches, **clip)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    kinds = []
+    for t in range(4):
+        kinds.append(step._correction.kind(t))
+        trainer.step(x, y)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        if clip and kinds[-1] == EXACT:
+            continue  # the norm has the heads' gradients in it: not plain training's
+        optimizer.step()
+        if not clip:
+            for found, expected in zip(net.parameters(), plain.parameters(), strict=True):
+                assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert kinds == [REFRESH, EXACT, EXACT, EXACT]
+    for before, after in zip(heads.parameters(), step.heads.parameters(), strict=True):
+        assert not torch.equal(before, after), "heads learn in exact steps as well"
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+def kinds(rule: PeriodRule, count: int, descent: Any) -> str:
+    """A letter per iteration: Refresh, Exact, Local."""
+    letters = ""
+    for t in range(count):
+        kind = rule.kind(t)
+        letters += kind[0].upper()
+        if kind == REFRESH:
+            rule.measured(t, descent(t))
+    return letters
+
+
+RULES = [
+    ({"period": 3}, -1.0, "RLLRLLRLLRLL"),
+    ({"period": 1}, 0.5, "RRRRR"),
+    ({}, -0.2, "REEE" * 6),  # the offset leads away: exact for ever
+    ({}, 0.02, "REEE" * 6),  # neither here nor there: exact costs time only
+    ({}, 0.5, "REEE" * 3 + "RLLL" * 4),  # lasts: four refreshes decide
+    ({"bounds": (1, 16)}, 0.5, "REEE" * 3 + "RLLL" * 4 + "RLLLLLLL" * 4 + "R" + "L" * 15),
+    ({"bounds": (2, 8)}, 0.5, "RLLL" * 4),
+    ({"bounds": (2, 2)}, -0.5, "RLLLRLLL"),
+    ({"bounds": (1, 3)}, 0.5, "REEE" * 4),  # no period between 1 and 4 is worth it
+]
+
+
+@pytest.mark.parametrize(("options", "descent", "expected"), RULES)
+def test_the_period_follows_the_offsets(options: dict[str, Any], descent: float, expected: str) -> None:
+    rule = PeriodRule(bpfx.Offset(**options))
+    assert kinds(rule, len(expected), lambda t: [descent]) == expected
+
+
+def test_a_period_that_has_become_too_long_is_given_up() -> None:
+    rule = PeriodRule(bpfx.Offset())
+    letters = kinds(rule, 80, lambda t: [0.5 if t < 30 else -0.5])
+    assert "RLLL" in letters[:30] and letters.endswith("REEE" * 5)
+
+
+def test_a_rule_goes_on_where_it_was_saved() -> None:
+    def descent(t: int) -> list[float]:
+        return [0.3 if t < 25 else -0.1]
+
+    whole = kinds(PeriodRule(bpfx.Offset()), 60, descent)
+    rule = PeriodRule(bpfx.Offset())
+    begun = kinds(rule, 23, descent)
+    again = PeriodRule(bpfx.Offset())
+    again.load(rule.state())
+    rest = ""
+    for t in range(23, 60):
+        kind = again.kind(t)
+        rest += kind[0].upper()
+        if kind == REFRESH:
+            again.measured(t, descent(t))
+    assert begun + rest == whole
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 0), (2.0, 0), (20.0, 1)])
+def test_only_a_jump_of_the_movement_is_news(factor: float, expected: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.zeros(200)
+    pace = Pace([weight])
+    heard = []
+    for t in range(40):
+        heard.append(pace.jumped(t))
+        weight += 0.01 * (factor if t >= 20 else 1.0) * torch.randn(200)
+    told = [h for h in heard if h is not None]
+    assert len(told) == expected and all(factor / 2 < h < factor * 2 for h in told)
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+def boundary_cosine(step: Any, net: nn.Sequential, batch: Any) -> float:
+    """Mean cosine, over the heads, of the head's and BP's gradient at its boundary."""
+    x, y = batch
+    values = [x]
+    for layer in net:
+        values.append(layer(values[-1]))
+        values[-1].retain_grad()
+    F.cross_entropy(values[-1], y).backward()
+    found = []
+    for k, head in enumerate(step.heads):
+        h = values[k + 1].detach().requires_grad_()
+        (own,) = torch.autograd.grad(F.cross_entropy(head.predict(h), y), h)
+        found.append(float(F.cosine_similarity(own.flatten(), values[k + 1].grad.flatten(), dim=0)))
+    net.zero_grad()
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("trainer", [False, True])
+def test_matching_turns_the_heads_towards_bp(trainer: bool) -> None:
+    cosines = {}
+    for match in (0.0, 5.0):
+        torch.manual_seed(0)
+        net = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)], nn.Linear(8, 3))
+        batch = torch.randn(64, 8), torch.randint(0, 3, (64,))
+        step = bpfx.convert(
+            net, F.cross_entropy, batch, blocks=["1", "2", "3"], offset=bpfx.Offset(period=1, match=match)
+        )
+        for p in net.parameters():
+            p.requires_grad_(True)
+        sgd = functools.partial(torch.optim.SGD, lr=0.05)
+        serial = bpfx.BlockTrainer(step, sgd) if trainer else None
+        optimizer = torch.optim.SGD(step.heads.parameters(), lr=0.5)
+        for _ in range(60):
+            if serial is not None:
+                serial.step(*batch)
+            else:
+                step(*batch).backward()
+                optimizer.step()
+                clear_gradients(step)
+        cosines[match] = boundary_cosine(step, net, batch)
+    assert cosines[5.0] > cosines[0.0] + 0.05
+
+
+def test_matching_leaves_the_gradients_of_the_model_and_the_statistics_alone() -> None:
+    found = []
+    for match in (0.0, 1.0):
+        torch.manual_seed(0)
+        case, cuts = setting("eager")
+        step = convert(case, cuts, offset=bpfx.Offset(period=2, match=match))
+        results = [drop_in(step, case.batch, seed=t) for t in range(2)]
+        found.append((results, {n: b.clone() for n, b in step.heads.named_buffers()}, buffers(case.model)))
+    (plain, heads, own), (matched, matched_heads, matched_own) = found
+    for a, b in zip(plain, matched, strict=True):
+        assert_gradients(of_model(b), of_model(a))
+    assert_gradients(of_heads(matched[1]), of_heads(plain[1]))  # only the refresh's step has the term
+    assert any(not torch.equal(of_heads(matched[0])[n], g) for n, g in of_heads(plain[0]).items())
+    assert_buffers(matched_own, own)
+    assert_buffers(matched_heads, heads)
+
+
+def test_messages_of_settings() -> None:
+    wrong = [
+        ({"period": 0}, "period=0"),
+        ({"period": "often"}, "'auto'"),
+        ({"lam": -0.5}, "lam=-0.5"),
+        ({"lam": []}, "lam=\\[\\]"),
+        ({"lam": [1.0, -1.0]}, "at least 0"),
+        ({"alpha": "auto"}, "form='B'"),
+        ({"form": "C"}, "form='C'"),
+        ({"decay": 1.5}, "decay=1.5"),
+        ({"clip": 0}, "clip=0"),
+        ({"bounds": (8, 4)}, "bounds"),
+        ({"bounds": 4}, "bounds"),
+        ({"match": -1}, "match=-1"),
+    ]
+    for options, words in wrong:
+        with pytest.raises(bpfx.BpfxError, match=words):
+            bpfx.Offset(**options)
+
+
+def test_a_schedule_shorter_than_the_run_stops_before_anything_changes() -> None:
+    case, cuts = setting("eager")
+    step = convert(case, cuts, offset=bpfx.Offset(period=2, lam=[1.0, 0.9]))
+    for t in range(2):
+        drop_in(step, case.batch, seed=t)
+    before = copy.deepcopy(step.state_dict())
+    with pytest.raises(bpfx.BpfxError, match=r"no value for iteration 2 \(it has 2 values\)"):
+        step(*case.batch)
+    after = step.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in before if isinstance(before[n], Tensor))
+    assert before["_extra_state"]["correction"]["rule"] == after["_extra_state"]["correction"]["rule"]
+
+
+def test_matching_needs_horizon_one() -> None:
+    case = zoo.mlp(4)
+    with pytest.raises(bpfx.BpfxError, match="horizon 1"):
+        convert(case, zoo.MLP_CUTS, horizon=2, offset=bpfx.Offset(match=1.0))
+
+
+def test_local_is_a_kind() -> None:
+    case = zoo.mlp(4)
+    step = convert(case, zoo.MLP_CUTS, offset=None)
+    assert step._kind() == LOCAL

@@ -1,0 +1,127 @@
+"""An offset that is too old for the learning rate is noticed before it does harm, and only then."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bpfx
+
+
+@dataclasses.dataclass
+class Run:
+    losses: list[float]
+    warned: list[tuple[int, str]]  # iteration and text of every bpfx.BpfxWarning
+
+    def first(self, words: str) -> int | None:
+        return next((t for t, text in self.warned if words in text), None)
+
+    @property
+    def broken(self) -> int | None:
+        """The first iteration whose loss is NaN or infinite."""
+        return next((t for t, loss in enumerate(self.losses) if not math.isfinite(loss)), None)
+
+
+def quadratic() -> nn.Module:
+    """Frozen weights in the last layer: a quadratic task loss, as in the linear model."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    net[1].weight.requires_grad_(False)
+    return net
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Identity(), nn.Linear(8, 8), nn.Identity(), nn.Linear(8, 4))
+
+
+def tanh() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+NETS = {"quadratic": (quadratic, ["1"]), "linear": (linear, ["2", "4"]), "tanh": (tanh, ["2", "4"])}
+
+
+def train(
+    net: str,
+    period: int | str,
+    rate: float,
+    iterations: int,
+    *,
+    weight: float = 1.0,
+    jump: int | None = None,
+    until: str | None = None,
+) -> Run:
+    """SGD on noisy regression data.
+
+    Args:
+        weight: of the local losses; with a small one Δ has nearly all of the curvature.
+        jump: the iteration from which on the learning rate is 20 times as large.
+        until: words of a warning after which nothing more is of interest.
+    """
+    make, blocks = NETS[net]
+    model, target = make(), torch.randn(8, 4)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 8)
+        return x, x @ target + 0.3 * torch.randn(32, 4)
+
+    offset = bpfx.Offset(period=period)
+    step = bpfx.convert(model, F.mse_loss, batch(), blocks=blocks, offset=offset, local_loss=("supervised", weight))
+    optimizer = torch.optim.SGD(step.parameters(), lr=rate)
+    run = Run([], [])
+    for t in range(iterations):
+        if t == jump:
+            optimizer.param_groups[0]["lr"] *= 20
+        x, y = batch()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = step(x, y)
+        run.warned += [(t, str(w.message)) for w in caught if issubclass(w.category, bpfx.BpfxWarning)]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            run.losses.append(float(F.mse_loss(model(x), y)))
+        if run.broken is not None or (until is not None and run.first(until) is not None):
+            break
+    return run
+
+
+# Plain BP is stable at all of these learning rates.
+TOO_OLD = [("quadratic", 16, 0.5), ("quadratic", 8, 1.0), ("linear", 8, 0.1), ("linear", 4, 0.1), ("tanh", 8, 0.1)]
+
+
+@pytest.mark.parametrize(("net", "period", "rate"), TOO_OLD)
+def test_an_unstable_offset_is_named_before_the_loss_breaks(net: str, period: int, rate: float) -> None:
+    run = train(net, period, rate, 30 * period, weight=0.1, until="unstable offset")
+    assert run.first("unstable offset") is not None
+    assert run.broken is None
+
+
+@pytest.mark.parametrize(("net", "period", "rate"), TOO_OLD)
+def test_an_automatic_period_stays_finite_where_a_fixed_one_does_not(net: str, period: int, rate: float) -> None:
+    run = train(net, "auto", rate, 120, weight=0.1)
+    assert run.broken is None
+    assert run.losses[-1] < run.losses[0]
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("period", "weight"), [(4, 1.0), (4, 0.1), ("auto", 1.0)])
+def test_calm_training_is_left_alone(net: str, weight: float, period: int | str) -> None:
+    run = train(net, period, 0.01, 204, weight=weight)
+    assert run.warned == []
+    assert run.losses[-1] < run.losses[0]
+
+
+@pytest.mark.parametrize("net", ["quadratic", "tanh"])
+@pytest.mark.parametrize(("period", "at"), [(4, 40), (4, 41), (4, 42), (4, 43), ("auto", 40), ("auto", 42)])
+def test_a_jump_of_the_learning_rate_is_noticed_within_three_iterations(net: str, period: int | str, at: int) -> None:
+    run = train(net, period, 0.002, at + 8, jump=at)
+    warned = run.first("times as far")
+    assert warned is not None and at <= warned <= at + 3
+    assert len(run.warned) == 1

@@ -215,6 +215,14 @@ def test_messages_say_what_would_work(arguments: dict[str, object], expected: st
         data.load(**arguments)  # type: ignore[arg-type]
 
 
+def test_packed_files_are_to_be_unpacked(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(BpfxError, match="unpack them: gunzip -k .*FashionMNIST/raw"):
+        data.load("FashionMNIST", str(tmp_path))
+
+
 def test_folder_without_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BpfxError, match="does not look like an image folder.*found 0"):
         data.load(str(tmp_path))

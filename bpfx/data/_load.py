@@ -172,10 +172,10 @@ def _open_first(
             if failure is None or not isinstance(error, ValueError):
                 failure = error
     reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-    raise BpfxError(
-        f"torchvision cannot open {name} in {root}: {reason.rstrip('.')}. "
-        "Point --data-root at the folder that holds it, or add --download."
-    ) from None
+    advice = "Point --data-root at the folder that holds it, or add --download."
+    if any((root / name / "raw").glob("*.gz")):
+        advice = f"Its files are there, but packed; unpack them: gunzip -k {root / name / 'raw'}/*.gz"
+    raise BpfxError(f"torchvision cannot open {name} in {root}: {reason.rstrip('.')}. {advice}") from None
 
 
 def _as_arrays(part: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -15,6 +15,7 @@ REFRESH, EXACT, LOCAL = "refresh", "exact", "local"
 SHORTEST = 4
 MEMORY = 0.75  # of the running mean over refreshes
 ENOUGH = 4  # refreshes under one period before it is changed
+REST = 12  # exact steps before the next pair of refreshes, once these few have not shown that offsets would last
 RISE = 0.1  # of the mean from where on a longer period is tried; exact steps lose nothing but time, so not at 0
 JUMP = 4.0  # times as far as before, in two steps one after the other
 
@@ -26,6 +27,7 @@ class PeriodRule:
     cosine of the new BP gradient and the old Δ, mean over the blocks. Noise that was frozen into Δ and followed too far
     makes it negative, as does a Δ that has gone out of date. It begins with exact steps, goes over to a period of 4
     and on to doubled ones where the running mean is clearly positive, and goes back step by step where it is negative.
+    Under exact steps it measures in pairs, 4 iterations apart.
 
     Attributes:
         period: K in force; 1 stands for exact BP steps.
@@ -41,6 +43,7 @@ class PeriodRule:
             period *= 2
         self.period = self._fixed or self._periods[0]
         self._next = 0
+        self._last: int | None = None  # iteration of the last refresh
         self._trend = 0.0
         self._count = 0
 
@@ -60,7 +63,9 @@ class PeriodRule:
         """Take the cosines of new BP gradients and old Δ that a refresh found; none where it failed."""
         if self._fixed is not None:
             return
-        if descents:
+        age, self._last = (iteration - self._last if self._last is not None else None), iteration
+        lag = max(self.period, SHORTEST)
+        if descents and age == lag:
             self._count += 1
             share = max(1 / self._count, 1 - MEMORY)
             self._trend += share * (sum(descents) / len(descents) - self._trend)
@@ -70,20 +75,29 @@ class PeriodRule:
             level = min(max(level + move, 0), len(self._periods) - 1)
         if self._periods[level] != self.period:
             self.period, self._count = self._periods[level], 0
-        self._next = iteration + max(self.period, SHORTEST)
+        rests = self.period == 1 and self._count >= ENOUGH and age == lag
+        self._next = iteration + (REST if rests else max(self.period, SHORTEST))
 
     def alarm(self, iteration: int) -> None:
         """The weights have begun to move much further: measure now, and trust nothing that was measured before."""
         if self._fixed is None:
             self.period, self._next, self._trend, self._count = self._periods[0], iteration, 0.0, 0
+            self._last = None
 
     def state(self) -> dict[str, Any]:
-        return {"period": self.period, "next": self._next, "trend": self._trend, "count": self._count}
+        return {
+            "period": self.period,
+            "next": self._next,
+            "last": self._last,
+            "trend": self._trend,
+            "count": self._count,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         known = self._fixed is None and state["period"] in self._periods
         self.period = state["period"] if known else self._fixed or self._periods[0]
-        self._next, self._trend, self._count = state["next"], state["trend"], state["count"]
+        self._next, self._last = state["next"], state["last"]
+        self._trend, self._count = state["trend"], state["count"]
 
 
 class Pace:

@@ -198,13 +198,13 @@ def kinds(rule: PeriodRule, count: int, descent: Any) -> str:
 RULES = [
     ({"period": 3}, -1.0, "RLLRLLRLLRLL"),
     ({"period": 1}, 0.5, "RRRRR"),
-    ({}, -0.2, "REEE" * 6),  # the offset leads away: exact for ever
-    ({}, 0.02, "REEE" * 6),  # neither here nor there: exact costs time only
-    ({}, 0.5, "REEE" * 3 + "RLLL" * 4),  # lasts: four refreshes decide
-    ({"bounds": (1, 16)}, 0.5, "REEE" * 3 + "RLLL" * 4 + "RLLLLLLL" * 4 + "R" + "L" * 15),
+    ({}, -0.2, "REEE" * 4 + ("R" + "E" * 11 + "REEE") * 3),  # the offset leads away: exact for ever
+    ({}, 0.02, "REEE" * 4 + ("R" + "E" * 11 + "REEE") * 3),  # neither here nor there: exact costs time only
+    ({}, 0.5, "REEE" * 4 + "RLLL" * 4),  # lasts: four pairs decide
+    ({"bounds": (1, 16)}, 0.5, "REEE" * 4 + "RLLL" * 4 + "RLLLLLLL" * 4 + "R" + "L" * 15),
     ({"bounds": (2, 8)}, 0.5, "RLLL" * 4),
     ({"bounds": (2, 2)}, -0.5, "RLLLRLLL"),
-    ({"bounds": (1, 3)}, 0.5, "REEE" * 4),  # no period between 1 and 4 is worth it
+    ({"bounds": (1, 3)}, 0.5, "REEE" * 4 + "R" + "E" * 11),  # no period between 1 and 4 is worth it
 ]
 
 
@@ -216,8 +216,8 @@ def test_the_period_follows_the_offsets(options: dict[str, Any], descent: float,
 
 def test_a_period_that_has_become_too_long_is_given_up() -> None:
     rule = PeriodRule(bpfx.Offset())
-    letters = kinds(rule, 80, lambda t: [0.5 if t < 30 else -0.5])
-    assert "RLLL" in letters[:30] and letters.endswith("REEE" * 5)
+    letters = kinds(rule, 100, lambda t: [0.5 if t < 30 else -0.5])
+    assert "RLLL" in letters[:30] and "L" not in letters[60:] and letters[60:].count("R") < 10
 
 
 def test_a_rule_goes_on_where_it_was_saved() -> None:

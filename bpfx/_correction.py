@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,20 +30,28 @@ class Correction:
     Args:
         offset: the settings.
         block_of: the block of every parameter that trains.
+        shared: parameters that several blocks train. Their gradient is one sum, so form "B" takes α = 1 for them.
         last: index of the last block, whose local loss is the task loss.
-        parameters: of the model, to see how far they move.
+        parameters: gives those of the model, to see how far they move.
     """
 
     def __init__(
-        self, offset: Offset, block_of: Mapping[str, int], last: int, parameters: Sequence[Tensor] = ()
+        self,
+        offset: Offset,
+        block_of: Mapping[str, int],
+        last: int,
+        shared: frozenset[str] = frozenset(),
+        parameters: Callable[[], Sequence[Tensor]] = list,
     ) -> None:
-        self.offset, self.block_of, self.last = offset, block_of, last
+        self.offset, self.block_of, self.last, self.shared = offset, block_of, last, shared
         self.state = OffsetState(offset.dtype, offset.device)
         self.rule = PeriodRule(offset)
-        self._pace = Pace([p for p in parameters if p.numel()])
+        self._pace = Pace(parameters)
         self._alpha: dict[int, AutoAlpha] = {}
         self._lam: dict[int, AutoLambda] = {}
         self._norms: dict[int, float] = {}
+        self._inside: dict[int, float] = {}  # α of the local gradient inside the stored Δ, by block (form "B")
+        self._was_exact = False  # whether the last refresh was in a phase of exact steps
         self._measured = 0
         self._opposed = 0
         self.matching: Grads = {}  # gradients of heads, for the iteration of the refresh
@@ -56,19 +64,26 @@ class Correction:
     # --- scales -------------------------------------------------------------------------------------------------------
 
     def alpha(self, block: int, iteration: int) -> float:
-        """α of a block. The last block's local gradient is BP's: form "B" has nothing to scale there."""
-        if self.offset.form == "B" and block == self.last:
+        """α of a block. In form "B" the one that its Δ was made with holds until the next refresh.
+
+        The last block's local gradient is BP's: form "B" has nothing to scale there.
+        """
+        if self.offset.form == "B" and block in self._inside:
+            return self._inside[block]
+        return self.inside(block, iteration) if self.offset.form == "B" else self.offset.scale_of("alpha", iteration)
+
+    def inside(self, block: int, iteration: int) -> float:
+        """Scale of the local gradient inside a Δ that is measured now: 1 in form "A", α in form "B"."""
+        if self.offset.form == "A" or block == self.last:
             return 1.0
         if self.offset.alpha == "auto":
             return self._alpha[block].value if block in self._alpha else 1.0
         return self.offset.scale_of("alpha", iteration)
 
-    def inside(self, block: int, iteration: int) -> float:
-        """Scale of the local gradient inside Δ: 1 in form "A", α in form "B"."""
-        return self.alpha(block, iteration) if self.offset.form == "B" else 1.0
-
     def lam(self, block: int, iteration: int) -> float:
         """λ of a block, decayed since the last refresh."""
+        if self._was_exact and iteration == self._measured:
+            return 1.0  # a refresh among exact steps is one of them
         if self.offset.lam == "auto":
             value = self._lam[block].value if block in self._lam else 1.0
         else:
@@ -95,12 +110,13 @@ class Correction:
             if name in local:
                 local[name].add_(self.matching[name], alpha=self.offset.match)
         for name, grad in local.items():
-            alpha = 1.0 if name.startswith(HEADS) else self.alpha(self.block_of[name], iteration)
+            plain = name.startswith(HEADS) or (self.offset.form == "B" and name in self.shared)
+            alpha = 1.0 if plain else self.alpha(self.block_of[name], iteration)
             if alpha != 1.0:
                 grad.mul_(alpha)
         corrected = [n for n in (self.state if names is None else names) if n in self.state]
         scales = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
-        if self.offset.clip is not None:
+        if self.offset.clip is not None and not (self._was_exact and iteration == self._measured):
             scales = self._clipped(scales, local)
         for name in corrected:
             scale = scales[self.block_of[name]]
@@ -116,7 +132,8 @@ class Correction:
         squares = dict.fromkeys(scales, 0.0)
         for name, grad in local.items():
             k = self.block_of.get(name)
-            if k in squares:
+            # A shared parameter's gradient comes whole in one loop and by blocks in another.
+            if k in squares and name not in self.shared:
                 squares[k] += dot([grad], [grad])
         limits = {k: self.offset.clip * math.sqrt(squares[k]) for k in scales}
         return {
@@ -136,16 +153,16 @@ class Correction:
         factor = self._pace.jumped(iteration)
         if factor is None:
             return
-        if self.rule.auto:
-            what = "the offset is measured anew, and exact steps are taken until it lasts"
+        if self.rule.period == 1:
             self.rule.alarm(iteration)
-        elif self.rule.period > 1:
-            what = (
-                f"the offset is kept for period={self.rule.period} iterations all the same and may lead away; lower "
-                "the period by that factor, or pass period='auto'"
+            return  # every step is exact, or measured anew
+        what = f"the offset is kept for period={self.rule.period} iterations all the same and may lead away; "
+        what += "lower the period or the rate, or pass period='auto'"
+        if self.rule.auto:
+            what = "the offset is measured anew" + (
+                ", and exact steps are taken until it lasts" if self.rule.exact else ""
             )
-        else:
-            return
+            self.rule.alarm(iteration)
         warnings.warn(
             f"iteration {iteration}: the weights moved {factor:.0f} times as far in the last steps as before (a jump "
             f"of the learning rate?); {what}",
@@ -167,23 +184,25 @@ class Correction:
         """
         self._measured = iteration
         self.matching = matching or {}
-        period = self.rule.period
-        before = dict(self._norms)
+        period, before = self.rule.period, dict(self._norms)
+        self._was_exact = self.rule.auto and period == 1
         for k, block in found.items():
-            self._norms[k] = math.sqrt(max(block.products.square, 0.0))
+            self._norms[k] = block.norm
+            self._inside[k] = self.inside(k, iteration)  # before anything is learnt: Δ was made with it
             if self.offset.alpha == "auto":
                 self._alpha.setdefault(k, AutoAlpha()).take(block.products)
             if self.offset.lam == "auto":
                 self._lam.setdefault(k, AutoLambda()).take(block.products)
-        self._warn(iteration, found, before)
         self.rule.measured(iteration, [b.descent for b in found.values() if b.descent is not None])
+        if not self._was_exact:  # among exact steps nobody follows Δ
+            self._warn(iteration, period, found, before)
         if (period == 1) != (self.rule.period == 1):
             self._pace.restart()
         return [
             {
                 "block": k,
                 **block.record(),
-                "norm": self._norms[k],
+                "norm": block.norm,
                 "alpha": self.alpha(k, iteration),
                 "lam": self.lam(k, iteration),
                 "period": period,
@@ -195,7 +214,7 @@ class Correction:
         """A refresh of which nothing could be used."""
         self.rule.measured(iteration, ())
 
-    def _warn(self, iteration: int, found: Mapping[int, BlockFound], before: Mapping[int, float]) -> None:
+    def _warn(self, iteration: int, period: int, found: Mapping[int, BlockFound], before: Mapping[int, float]) -> None:
         known = [b.staleness for b in found.values() if b.staleness is not None]
         if not known:
             return
@@ -207,13 +226,16 @@ class Correction:
         if self._opposed == 0 or (self._opposed != 2 and not grown):
             return
         advice = "pass a smaller period, lam or learning rate, or period='auto'"
-        if self.rule.auto:
+        if self.rule.exact:
             advice = "exact BP steps follow"
+        elif self.rule.auto:
+            advice = "pass a smaller lam or learning rate, or bounds that begin with 1"
+        if self.rule.auto:
             self.rule.alarm(iteration + 1)
         warnings.warn(
             f"unstable offset at the refresh of iteration {iteration}: the new offset points against the old one "
             f"(cosine {mean:.2f}) and is {new / old if old else math.inf:.1f} times as large, so that "
-            f"period={self.rule.period} is too long for this learning rate; {advice}",
+            f"period={period} is too long for this learning rate; {advice}",
             BpfxWarning,
             stacklevel=7,
         )
@@ -228,6 +250,8 @@ class Correction:
             "alpha": {k: a.state() for k, a in self._alpha.items()},
             "lam": {k: a.state() for k, a in self._lam.items()},
             "norms": dict(self._norms),
+            "inside": dict(self._inside),
+            "was_exact": self._was_exact,
             "measured": self._measured,
             "opposed": self._opposed,
         }
@@ -243,6 +267,8 @@ class Correction:
                 made[int(k)].load(one)
             setattr(self, f"_{name}", made)
         self._norms = {int(k): v for k, v in state["norms"].items()}
+        self._inside = {int(k): v for k, v in state.get("inside", {}).items()}
+        self._was_exact = state.get("was_exact", False)
         self._measured, self._opposed = state["measured"], state["opposed"]
 
     def forget(self) -> None:

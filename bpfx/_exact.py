@@ -70,18 +70,19 @@ def _head_gradient(piece: Piece, stage: Stage, total: Grads) -> Tensor:
     if piece.use is not None:
         piece.use(stage.reads, stage.reads)
 
-    values = piece.here((*program.feature_names, *program.user_inputs, *program.entering_names))
+    names = (*program.feature_names, *program.user_inputs, *program.entering_names)
+    values = piece.here(names)
     with torch.enable_grad():
         loss = program.local_loss(
             [values[n] for n in program.feature_names],
             [values.get(n) for n in program.user_inputs],
             [values[n] for n in program.entering_names],
         )
-        names, parameters = program.local_loss.parameter_names, program.local_loss.parameters_now()
-        if names and loss.requires_grad:
-            _, grads = differentiate([loss], None, names, parameters, [], None)
+        heads, parameters = program.local_loss.parameter_names, program.local_loss.parameters_now()
+        if heads and loss.requires_grad:
+            _, grads = differentiate([loss], None, heads, parameters, [], None)
             add = adder(total, piece.share)
-            for name in names:
-                if name in grads:
-                    add(name, grads[name])
+            for name in list(grads):
+                add(name, grads.pop(name))
+    piece.let_go(names)
     return loss.detach()

@@ -40,14 +40,22 @@ class IdleState:
     # --- optimizer state ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stepping(self, k: int) -> Iterator[None]:
-        """Around the step of block k: its state on the device; the next block's on its way."""
+    def stepping(self, k: int, backwards: bool = False) -> Iterator[None]:
+        """Around the step of block k: its state on the device; the next block's on its way.
+
+        Args:
+            k: the block.
+            backwards: the sweep goes against the order in which blocks are usually stepped.
+        """
         try:
             self._move(k, "fetch")
             yield
         finally:
             self._move(k, "put_back")
-        following = self._order[(self._order.index(k) + 1) % len(self._order)]
+        place = self._order.index(k) + (-1 if backwards else 1)
+        if backwards and place < 0:
+            place = 0  # the next step begins with the first block again, or fetches what it needs
+        following = self._order[place % len(self._order)]
         for _, _, parked in self._entries(following):
             parked.prefetch()
 

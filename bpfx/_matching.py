@@ -50,7 +50,7 @@ def matching_gradient(
     leaves = [f.detach().requires_grad_() if i in wanted else f for i, f in enumerate(features)]
     try:
         with torch.enable_grad():
-            value = loss(
+            value = loss.plain(
                 leaves,
                 [arguments.get(n) for n in program.user_inputs],
                 [arguments[n] for n in program.entering_names],
@@ -81,7 +81,7 @@ def _distance(own: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> T
     flat = [(a.flatten().to(precise), b.flatten().to(precise)) for a, b in pairs]
     product = torch.stack([torch.dot(a, b) for a, b in flat]).sum()
     squares = [torch.stack([v[side].square().sum() for v in flat]).sum() for side in (0, 1)]
-    if not bool(squares[0] > 0) or not bool(squares[1] > 0):
+    if not all(0 < float(s) < float("inf") for s in squares):  # also a piece that is not finite
         return None
     return 1 - product / (squares[0].sqrt() * squares[1].sqrt())
 

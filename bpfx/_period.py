@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class PeriodRule:
     def auto(self) -> bool:
         return self._fixed is None
 
+    @property
+    def exact(self) -> bool:
+        """Whether this rule may take exact steps."""
+        return self.auto and self._periods[0] == 1
+
+    def never_exact(self) -> None:
+        """Take no exact steps: their memory is not there."""
+        self._periods = [k for k in self._periods if k > 1] or [SHORTEST]
+        self.period = max(self.period, self._periods[0])
+
     def kind(self, iteration: int) -> str:
         """What an iteration is: ``"refresh"``, ``"exact"`` or ``"local"``."""
         if self._fixed is not None:
@@ -64,7 +75,7 @@ class PeriodRule:
         if self._fixed is not None:
             return
         age, self._last = (iteration - self._last if self._last is not None else None), iteration
-        lag = max(self.period, SHORTEST)
+        lag = self.period if self.period > 1 else SHORTEST
         if descents and age == lag:
             self._count += 1
             share = max(1 / self._count, 1 - MEMORY)
@@ -76,7 +87,7 @@ class PeriodRule:
         if self._periods[level] != self.period:
             self.period, self._count = self._periods[level], 0
         rests = self.period == 1 and self._count >= ENOUGH and age == lag
-        self._next = iteration + (REST if rests else max(self.period, SHORTEST))
+        self._next = iteration + (REST if rests else self.period if self.period > 1 else SHORTEST)
 
     def alarm(self, iteration: int) -> None:
         """The weights have begun to move much further: measure now, and trust nothing that was measured before."""
@@ -96,7 +107,7 @@ class PeriodRule:
     def load(self, state: dict[str, Any]) -> None:
         known = self._fixed is None and state["period"] in self._periods
         self.period = state["period"] if known else self._fixed or self._periods[0]
-        self._next, self._last = state["next"], state["last"]
+        self._next, self._last = state["next"], state.get("last")
         self._trend, self._count = state["trend"], state["count"]
 
 
@@ -104,62 +115,68 @@ class Pace:
     """How far the weights move in a step, from a sample of them: learning rate and optimizer as the weights feel it.
 
     Args:
-        parameters: of which up to 8 are looked at, 64 numbers each.
+        parameters: gives those of which up to 8 are looked at, 64 numbers each.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._sampled = list(parameters[:: max(1, -(-len(parameters) // 8))])
+    def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        self._parameters = parameters
         self._before: Tensor | None = None
         self._pending: Tensor | None = None
+        self._most: float | None = None  # of the running mean since the last jump
         self._usual: float | None = None
         self._steps = self._high = 0
         self._iteration = -1
 
     def jumped(self, iteration: int) -> float | None:
-        """How many times further the weights went than before, where that is news; to be asked in every iteration.
+        """How many times further the weights went than ever before, where that is news; asked in every iteration.
 
-        The answer is one step late, since reading a number at once would wait for the device.
+        The answer is one step late, since reading a number at once would wait for the device. Iterations in which no
+        optimizer stepped do not count.
         """
         if iteration == self._iteration:
             return None  # the iteration is tried again
         self._iteration = iteration
-        moved = float(self._pending) if self._pending is not None else None
-        now = torch.cat([p.detach().flatten()[:64].float().abs() for p in self._sampled]) if self._sampled else None
-        self._pending = None
-        if now is not None and self._before is not None:
-            self._pending = (now - self._before).norm()
-        self._before = now
-        if moved is None:
+        moved = float(self._pending) if self._pending is not None else 0.0
+        now, before = self._sample(), self._before
+        self._before, self._pending = now, None
+        if now is not None and before is not None and now.shape == before.shape:
+            self._pending = (now - before.to(now.device)).norm()
+        if moved == 0 or not math.isfinite(moved):
             return None
         self._steps += 1
-        usual = self._usual
-        high = usual is not None and usual > 0 and self._steps > 8 and moved > JUMP * usual
+        most = self._most
+        high = most is not None and self._steps > 8 and moved > JUMP * most
         self._high = self._high + 1 if high else 0
         if high and self._high < 2:
             return None  # one step alone may be an unlucky batch
-        self._usual = moved if usual is None or high else 0.8 * usual + 0.2 * moved
-        self._high = 0 if high else self._high
-        return moved / usual if high and usual else None
+        self._usual = moved if self._usual is None or high else 0.8 * self._usual + 0.2 * moved
+        self._most = max(self._usual, most or 0.0)
+        self._high = 0
+        return moved / most if high and most else None
+
+    def _sample(self) -> Tensor | None:
+        parameters = [p for p in self._parameters() if p.numel()]
+        chosen = parameters[:: max(1, -(-len(parameters) // 8))]
+        parts = [_first(p.detach()) for p in chosen]
+        return torch.cat([p.to(parts[0].device, torch.float32) for p in parts]) if parts else None
 
     def restart(self) -> None:
         """Learn anew how far a step goes; between exact and corrected steps that changes by itself."""
-        self._usual, self._steps, self._high = None, 0, 0
+        self._most, self._usual, self._steps, self._high = None, None, 0, 0
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {
-            "before": self._before,
-            "pending": self._pending,
-            "usual": self._usual,
-            "steps": self._steps,
-            "high": self._high,
-            "iteration": self._iteration,
-        }
+        names = ("before", "pending", "most", "usual", "steps", "high", "iteration")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def load(self, state: dict[str, Any]) -> None:
-        device = self._sampled[0].device if self._sampled else None
-        self._before, self._pending = (
-            t.to(device) if t is not None else None for t in (state["before"], state["pending"])
-        )
-        self._usual, self._steps, self._high = state["usual"], state["steps"], state["high"]
-        self._iteration = state["iteration"]
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """64 of its numbers or a few more, without a copy of the others."""
+    while tensor.dim() > 1:
+        tensor = tensor[: -(-64 // tensor[0].numel())].flatten(0, 1)
+    tensor = tensor.flatten()[:64]
+    return torch.view_as_real(tensor.resolve_conj()).flatten() if tensor.is_complex() else tensor

@@ -47,7 +47,7 @@ class _DryRefresh:
     def check(self, loss: Tensor) -> None:
         pass
 
-    def alpha(self, block: int) -> float:
+    def scale(self, block: int, name: str) -> float:
         return 1.0
 
     def measure(self, block: int, name: str, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None:
@@ -119,12 +119,14 @@ class Arrangement:
         groups: blocks that a micro-batch passes in one go in the local step.
         refresh_pieces: pieces of the batch in a refresh.
         local, refresh: the two steps.
+        exact: an exact BP step over the same micro-batches.
     """
 
     groups: list[range]
     refresh_pieces: int
     local: _simulate.Simulation
     refresh: _simulate.Simulation
+    exact: _simulate.Simulation
 
 
 def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[Tensor]], count: int) -> Arrangement:
@@ -152,7 +154,7 @@ def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[
             break  # single samples
         pieces *= 2
         found = _simulate.refresh(costs_of(weights, variant, tensors), pieces)
-    return Arrangement(groups, pieces, local, found)
+    return Arrangement(groups, pieces, local, found, _simulate.bp_serial(costs, count))
 
 
 # --- the exact recipes that users know --------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class TakesDifferences(Protocol):
 
     def check(self, loss: Tensor) -> None: ...
 
-    def alpha(self, block: int) -> float: ...
+    def scale(self, block: int, name: str) -> float: ...
 
     def measure(self, block: int, name: str, sums: Sums, g: Tensor | None, ell: Tensor | None) -> None: ...
 
@@ -55,6 +55,7 @@ class BlockFound:
         spread: share of ‖Δ‖² that the pieces disagree on.
         descent: cosine of the new BP gradient and the old Δ.
         bp, local: norms of the two gradients, over the pieces.
+        norm: ‖Δ‖ as it is stored.
         products: what α and λ are learnt from.
     """
 
@@ -65,6 +66,7 @@ class BlockFound:
     descent: float | None
     bp: float
     local: float
+    norm: float
     products: Products
 
     def record(self) -> dict[str, float | None]:
@@ -85,6 +87,7 @@ class RefreshSum:
         alpha: scale of the local gradient inside Δ, by block.
         agreement: whether pieces are compared with each other, which :class:`bpfx._scales.AutoLambda` needs.
         match: whether the heads' matching gradients are wanted.
+        shared: parameters that several blocks train; their local gradient is not scaled.
     """
 
     def __init__(
@@ -94,8 +97,10 @@ class RefreshSum:
         alpha: Callable[[int], float] = lambda block: 1.0,
         agreement: bool = False,
         match: bool = False,
+        shared: frozenset[str] = frozenset(),
     ) -> None:
         self.matching: Grads | None = {} if match else None  # gradients of heads by name
+        self.shared = shared
         self.state, self.block_of, self.alpha, self.agreement = state, block_of, alpha, agreement
         self.bad: list[str] = []  # parameters whose Δ was NaN or infinite
         self.seen: set[str] = set()
@@ -104,6 +109,10 @@ class RefreshSum:
         self._rejected: dict[int, float] = {}  # by block, the shares of the pieces that were left out
         self._blocks_of: dict[str, set[int]] = {}  # a tied parameter has a difference in every block that reads it
         self._torn: list[str] = []
+
+    def scale(self, block: int, name: str) -> float:
+        """Of the local gradient inside Δ."""
+        return 1.0 if name in self.shared else self.alpha(block)
 
     def check(self, loss: Tensor) -> None:
         """Note a loss that is not finite; its gradients will not be either."""
@@ -171,7 +180,7 @@ class RefreshSum:
                 weight += self._rejected[block]
             single = len(self._shares[block]) == 1
             square = sums["delta"] / accepted if single else self._square(names) / weight**2
-            found[block] = self._found(block, sums, accepted, square)
+            found[block] = self._found(block, sums, accepted, square, weight)
         self.state.keep(lambda n: n in self.seen or (self.block_of[n] in self._rejected and n not in self._torn))
         return found
 
@@ -194,7 +203,7 @@ class RefreshSum:
             words.append(f"{', '.join(self._torn)}, in several blocks, has no offset until the next refresh")
         return f"first in {self.bad[0]}; {', '.join(words) or 'no offset is concerned'}"
 
-    def _found(self, block: int, sums: Sums, accepted: float, square: float) -> BlockFound:
+    def _found(self, block: int, sums: Sums, accepted: float, square: float, weight: float) -> BlockFound:
         alpha = self.alpha(block)
         spread = self._spread(block, sums["delta"] / accepted, square)
         behind = residual = None
@@ -211,6 +220,7 @@ class RefreshSum:
             descent=cosine(behind, sums["first_bp"], sums["old"]) if behind is not None else None,
             bp=math.sqrt(sums["bp"] / accepted),
             local=math.sqrt(sums["local"] / accepted),
+            norm=weight * math.sqrt(max(square, 0.0)),
             products=Products(
                 square=square,
                 noise=spread,
@@ -313,7 +323,7 @@ def _meet(
     """The BP gradient of a parameter meets the local one, and takes its difference from it, at once."""
     ell = own.get(name) if keep else own.pop(name, None)
     total.measure(block, name, sums, g, ell)
-    deltas[name] = difference(g, ell, total.alpha(block))
+    deltas[name] = difference(g, ell, total.scale(block, name))
 
 
 def _match(piece: Piece, stage: Stage, outputs: list[Any], matching: Grads, share: float) -> None:
@@ -322,6 +332,7 @@ def _match(piece: Piece, stage: Stage, outputs: list[Any], matching: Grads, shar
     named = dict(zip((n.name for n in stage.block.outputs), outputs, strict=True))
     arguments = piece.here((*program.user_inputs, *program.entering_names))
     found = matching_gradient(program, named, arguments, piece.cotangents)
+    piece.let_go((*program.user_inputs, *program.entering_names))
     add = adder(matching, share)
     for name in list(found):
         add(name, found.pop(name))

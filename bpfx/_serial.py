@@ -117,6 +117,13 @@ class Piece:
         found = {n: self.values[n] for n in names if n in self.values}
         return {n: v.fetch() if isinstance(v, Parked) else v for n, v in found.items()}
 
+    def let_go(self, names: Iterable[str]) -> None:
+        """What :meth:`here` has fetched may leave the device again."""
+        for name in names:
+            value = self.values.get(name)
+            if isinstance(value, Parked):
+                value.release()
+
     def vjp(self, stage: Stage, sink: Sink) -> None:
         """The stage's part of the reverse sweep."""
         assert isinstance(stage.vjp, VectorJacobian)

@@ -360,11 +360,12 @@ class Compiler:
         plan.micro_batches, plan.budget = self._micro_batches, self.budget
         return plan
 
-    def arrange(self, count: int) -> tuple[list[range], int]:
+    def arrange(self, count: int) -> tuple[list[range], int, int | None]:
         """How the block-serial trainer runs ``count`` micro-batches of the example.
 
         Returns:
-            Blocks that a micro-batch passes in one go in the local step, and the pieces of a refresh.
+            Blocks that a micro-batch passes in one go in the local step, the pieces of a refresh, and the predicted
+            peak of an exact BP step in bytes (``None``: not predicted).
         """
         variant = self.main
         if count > 1:
@@ -375,10 +376,10 @@ class Compiler:
                 ]
             try:
                 made = arrange(self.weights, variant, functools.partial(self.spec.largest, batch), count)
-                return made.groups, made.refresh_pieces
+                return made.groups, made.refresh_pieces, made.exact.peak
             except LivenessError:
                 pass  # one block at a time is right, too
-        return singly(len(variant.stages)), count
+        return singly(len(variant.stages)), count, None
 
     def schedules(self, tensors: Sequence[Tensor], micro_batches: int, offset: Offset | None = None) -> list[Schedule]:
         """Predictions of every way to take a step on a batch of these shapes.

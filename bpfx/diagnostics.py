@@ -41,6 +41,7 @@ class Learning:
         self.windows: deque[dict[int, float]] = deque(maxlen=KEPT)
         self.first: dict[int, float] = {}
         self._sum: Tensor | None = None
+        self._blocks: list[int] = []
         self._count, self._seen = 0, 0
         self._best: dict[int, float] = {}
         self._told: set[int] = set()
@@ -54,8 +55,10 @@ class Learning:
         """
         if not losses:
             return
+        if list(losses) != self._blocks:
+            self._blocks, self._sum, self._count = list(losses), None, 0
         now = torch.stack([loss.detach().double() for loss in losses.values()])
-        self._sum = now if self._sum is None or self._sum.shape != now.shape else self._sum + now
+        self._sum = now if self._sum is None else self._sum + now
         self._count += 1
         if self._count < WINDOW:
             return

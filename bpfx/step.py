@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -84,6 +85,7 @@ class Step(nn.Module):
         self.iteration = 0
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
         self._trainable = compiler.weights.trainable()
+        self._no_offsets = OffsetState()
         self._forced: str | None = None  # kind of the steps that are being measured
         self._correction: Correction | None = None
         if offset is not None:
@@ -97,8 +99,11 @@ class Step(nn.Module):
                     f"Offset(match={offset.match}) needs horizon 1, since a head is to match the gradient at its own "
                     f"block's boundary; the local loss of block {k} looks {ahead[k]} further"
                 )
-            moving = [compiler.weights[n] for n in self._trainable if block_of.get(n, last) != last]
-            self._correction = Correction(offset, block_of, last, moving)
+            count = Counter(n for b in compiler.main.blocks for n in b.trainable)
+            shared = frozenset(n for n, times in count.items() if times > 1)
+            moving = [n for n in self._trainable if block_of.get(n, last) != last]
+            # Looked up each time: a loaded state may bring other parameters.
+            self._correction = Correction(offset, block_of, last, shared, lambda: [compiler.weights[n] for n in moving])
         # The blocks whose local losses a step returns.
         stages = compiler.main.stages
         self._learning = [s.index for s in stages if isinstance(s.local, LocalGradient) or s is stages[-1]]
@@ -141,7 +146,7 @@ class Step(nn.Module):
     @property
     def offset_state(self) -> OffsetState:
         """Δ by parameter name, as the optimizer's parameters are: decoded, and on their device."""
-        return self._correction.state if self._correction is not None else _NO_OFFSETS
+        return self._correction.state if self._correction is not None else self._no_offsets
 
     def run_local(self, *args: Any, **kwargs: Any) -> StepResult:
         """One local step; ``.grad`` and the schedule stay as they are. Running statistics are updated."""
@@ -185,7 +190,10 @@ class Step(nn.Module):
         """The BP gradient of the batch, and the heads' own."""
         assert self.offset is not None
         wanted = [o for o in variant.captured.graph.outputs if isinstance(o, fx.Node)]
-        if self.offset.micro_batches > 1 and self._compiler.loss_fn is not None:
+        compiler = self._compiler
+        # Pieces must not change the gradient, and outputs of pieces are no output of the batch.
+        whole = variant.captured.mutated_buffers or compiler.reduction.kind == "unknown" or compiler.loss_fn is None
+        if self.offset.micro_batches > 1 and not whole:
             split = self._compiler.spec.split(list(tensors), self.offset.micro_batches)
             shares = self._refresh_shares(split, tensors, None)
             pieces = [Piece.of(self._compiler.variant(t), t, s) for t, s in zip(split, shares, strict=True) if s]
@@ -332,6 +340,7 @@ class Step(nn.Module):
             lambda k: correction.inside(k, iteration),
             correction.compares,
             correction.offset.match > 0,
+            correction.shared,
         )
         try:
             yield total
@@ -380,7 +389,11 @@ class Step(nn.Module):
 
     def _check_budget(self) -> None:
         budget, predicted = self.plan.budget, self.plan.predicted
-        kinds = ("local",) if self.offset is None else ("local", "refresh")
+        kinds = (
+            ("local",)
+            if self._correction is None
+            else ("local", "refresh", *["bp_blocks"] * self._correction.rule.exact)
+        )
         need = max((predicted.get(kind, 0) for kind in kinds), default=0)
         if self.iteration == 0 and budget is not None and need > budget:
             warnings.warn(
@@ -427,9 +440,10 @@ class Step(nn.Module):
         self._check_blocks(state)
         weights = self._compiler.weights
         self.iteration = int(state["iteration"])
-        self.offset_state.load(state["offset"], lambda name: weights[name].device)
-        if self._correction is not None and state["correction"] is not None:
-            self._correction.load_progress(state["correction"])
+        if self._correction is not None:
+            self._correction.state.load(state["offset"], lambda name: weights[name].device)
+            if state.get("correction") is not None:
+                self._correction.load_progress(state["correction"])
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
     def _check_blocks(self, state: dict[str, Any]) -> None:
@@ -454,9 +468,6 @@ class Step(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.blocks)} blocks, offset={self.offset}"
-
-
-_NO_OFFSETS = OffsetState()
 
 
 class _Deliver(torch.autograd.Function):

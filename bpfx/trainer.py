@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any
@@ -17,7 +18,8 @@ from bpfx._idle import IdleState
 from bpfx._refresh import restore_statistics, running_statistics
 from bpfx._serial import Piece, bp_sweep, local_sweep
 from bpfx._stepping import BlockOptimizers, OptimizerFactory, SchedulerFactory
-from bpfx.errors import BpfxError
+from bpfx.errors import BpfxError, BpfxWarning
+from bpfx.memory import format_bytes
 from bpfx.passes.graph import HEADS
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Schedule
@@ -121,7 +123,10 @@ class BlockTrainer:
         self.broken: str | None = None
         # From the example batch, so that a resumed run passes the blocks (and draws random numbers) in the same order.
         self._complete_at = compiler.complete_at(self._named) if mode == "local" else {}
-        self._groups, self._refresh_pieces = compiler.arrange(micro_batches) if mode == "local" else ([], 1)
+        self._groups, self._refresh_pieces, exact = (
+            compiler.arrange(micro_batches) if mode == "local" else ([], 1, None)
+        )
+        self._keep_budget(exact)
 
     @property
     def optimizers(self) -> dict[int, torch.optim.Optimizer]:
@@ -160,6 +165,7 @@ class BlockTrainer:
         weights, mutated = compiler.weights, compiler.main.captured.mutated_buffers
         statistics, random = running_statistics(weights, mutated, step.heads), get_rng_state()
         stepped: list[int] = []
+        refreshes = step.diagnostics.measured
         learnt = step._correction.progress() if step._correction is not None else None
         try:
             kind = step._kind() if self.mode == "local" else EXACT
@@ -178,7 +184,9 @@ class BlockTrainer:
             if not stepped:
                 restore_statistics(weights, step.heads, statistics)
                 set_rng_state(random)
-                step.diagnostics.retract(step.iteration)  # the next step measures again
+                if step._correction is not None and step.diagnostics.measured > refreshes:
+                    step._correction.forget()  # the next step measures again, and has nothing to compare with
+                step.diagnostics.retract(step.iteration)
                 if step._correction is not None and learnt is not None:
                     step._correction.load_progress(learnt)
                 raise
@@ -191,6 +199,20 @@ class BlockTrainer:
             raise BpfxError(f"{self.broken}; the trainer is broken until load_state_dict") from error
         step.iteration += 1
         return loss
+
+    def _keep_budget(self, exact: int | None) -> None:
+        """Rule out exact steps where the memory budget holds for local steps and refreshes only."""
+        budget, correction = self.converted.plan.budget, self.converted._correction
+        if budget is None or exact is None or exact <= budget or correction is None or not correction.rule.exact:
+            return
+        correction.rule.never_exact()
+        warnings.warn(
+            f"exact BP steps would take {format_bytes(exact)} of the memory budget of {format_bytes(budget)}; offsets "
+            "are kept for 4 iterations or more instead, also where they do not last. Pass a larger budget, more "
+            "micro_batches, or another Offset(bounds=…)",
+            BpfxWarning,
+            stacklevel=3,
+        )
 
     def predict(self, *args: Any, **kwargs: Any) -> dict[str, Schedule]:
         """What this trainer's steps on such a batch are predicted to need, beside the exact recipes that users know.
@@ -290,16 +312,20 @@ class BlockTrainer:
                 if k not in self.optimizers:
                     continue
                 self._present(k)
-                with self._idle.stepping(k):
+                with self._idle.stepping(k, backwards=self._turned(kind)):
                     total = self._blocks.clip(k, grads, self.clip_norm, norm)
                     stepped.append(k)  # before: an optimizer that fails half-way has stepped, too
                     self._blocks.step(k)
                 if total is not None:
                     self.grad_norms[k] = total
-                if self.mode == "local":
+                if self.mode == "local" and kind != EXACT:
                     for name, _ in self._named.get(k + 1, ()):
                         self.converted.offset_state.prefetch(name)
         self._idle.release()
+        if self._turned(kind):  # blocks whose local loss is the task loss, and the order of the others
+            own = {k: self.local_losses.get(k, loss.detach()) for k in self.converted._learning}
+            self.local_losses.clear()
+            self.local_losses.update(own)
         self.converted.diagnostics.learning.add(self.local_losses, self.converted.iteration)
         return loss
 

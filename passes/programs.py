@@ -83,11 +83,20 @@ class BoundaryLoss(nn.Module):
         return Given(tuple(features), tuple(inputs), tuple(entering), task)
 
     def forward(self, features: Sequence[Tensor], inputs: Sequence[Any], entering: Sequence[Tensor] = ()) -> Tensor:
+        return self._evaluate(self.call, features, inputs, entering)
+
+    def plain(self, features: Sequence[Tensor], inputs: Sequence[Any], entering: Sequence[Tensor] = ()) -> Tensor:
+        """The same, uncompiled: what is compiled cannot be differentiated twice."""
+        return self._evaluate(self.head, features, inputs, entering)
+
+    def _evaluate(
+        self, call: Callable[..., Tensor], features: Sequence[Tensor], inputs: Sequence[Any], entering: Sequence[Tensor]
+    ) -> Tensor:
         given = self.given(features, inputs, entering)
         # The draws of a head must not shift those of the blocks.
         state = get_rng_state() if self.random else ()
         swapped = self.weights.overridden(f"{HEADS}{self.block}.")
-        loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else self.call(given)
+        loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else call(given)
         set_rng_state(state)
         return loss if self.weight == 1.0 else loss * self.weight
 

@@ -68,9 +68,9 @@ class Correction:
 
         The last block's local gradient is BP's: form "B" has nothing to scale there.
         """
-        if self.offset.form == "B" and block in self._inside:
-            return self._inside[block]
-        return self.inside(block, iteration) if self.offset.form == "B" else self.offset.scale_of("alpha", iteration)
+        if self.offset.form == "B":
+            return self._inside[block] if block in self._inside else self.inside(block, iteration)
+        return 1.0 if self._in_exact_phase(iteration) else self.offset.scale_of("alpha", iteration)
 
     def inside(self, block: int, iteration: int) -> float:
         """Scale of the local gradient inside a Δ that is measured now: 1 in form "A", α in form "B"."""
@@ -82,14 +82,18 @@ class Correction:
 
     def lam(self, block: int, iteration: int) -> float:
         """λ of a block, decayed since the last refresh."""
-        if self._was_exact and iteration == self._measured:
-            return 1.0  # a refresh among exact steps is one of them
+        if self._in_exact_phase(iteration):
+            return 1.0
         if self.offset.lam == "auto":
             value = self._lam[block].value if block in self._lam else 1.0
         else:
             value = self.offset.scale_of("lam", iteration)
         age = iteration - self._measured
         return value * self.offset.decay**age if age and self.offset.decay != 1.0 else value
+
+    def _in_exact_phase(self, iteration: int) -> bool:
+        """Whether this is a refresh among exact steps, and so one of them."""
+        return self._was_exact and iteration == self._measured
 
     def check(self, iteration: int) -> None:
         """Raise where a schedule has no value for this iteration, before anything is changed."""
@@ -116,7 +120,7 @@ class Correction:
                 grad.mul_(alpha)
         corrected = [n for n in (self.state if names is None else names) if n in self.state]
         scales = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
-        if self.offset.clip is not None and not (self._was_exact and iteration == self._measured):
+        if self.offset.clip is not None and not self._in_exact_phase(iteration):
             scales = self._clipped(scales, local)
         for name in corrected:
             scale = scales[self.block_of[name]]

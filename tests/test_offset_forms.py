@@ -179,7 +179,7 @@ def test_exact_steps_in_pieces_are_bp_as_well() -> None:
     assert len(step.diagnostics.learning._sum) == len(step.plan.blocks), "every block's loss was seen"
 
 
-@pytest.mark.parametrize("options", [{"lam": "auto"}, {"micro_batches": 2}, {"lam": 0.5}, {"clip": 0.1}])
+@pytest.mark.parametrize("options", [{"lam": "auto"}, {"micro_batches": 2}, {"lam": 0.5, "alpha": 0.5}, {"clip": 0.1}])
 def test_every_step_of_an_exact_phase_is_bp(options: dict[str, Any]) -> None:
     """With BatchNorm: refreshes in pieces aside, which see other statistics."""
     case, cuts = setting("eager")

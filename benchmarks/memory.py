@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -34,7 +33,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 from memory_models import Optimizer, SharedAdamW, Sizes, block_starts, build, data, exact
 from memory_report import PARTS, ROWS, Part, Row, markdown, plot_depths, plot_models
-from parts import as_json, in_own_process
+from parts import measure_parts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -275,30 +274,11 @@ def main(arguments: list[str]) -> int:
     if parsed.measure:
         parsed.into.write_text(json.dumps(measure(parsed.measure, parsed)), "utf-8")
         return 0
-    endings = (".json", ".md", ".png", "-models.png")
-    stored, tables, by_depth, by_model = (parsed.out.with_name(parsed.out.name + ending) for ending in endings)
-    parts: dict[str, Any] = json.loads(stored.read_text("utf-8"))["parts"] if stored.exists() else {}
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
-    wanted = [name for name in PARTS if name in parsed.only.split(",")]
-    for count, name in enumerate(wanted, 1):
-        print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
-        part = in_own_process(__file__, name, arguments)
-        if part is None:
-            failed.append(name)
-            continue
-        parts[name] = part | {"command": shlex.join(["python", "benchmarks/memory.py", *arguments])}
-        parts = {key: parts[key] for key in PARTS if key in parts}
-        stored.write_text(as_json(parts), "utf-8")
-        tables.write_text(markdown(parts), "utf-8")
-    print(markdown(parts))
-    drawn = [path for path, plot in ((by_depth, plot_depths), (by_model, plot_models)) if plot(parts, path)]
-    print("Wrote " + ", ".join(str(path) for path in (stored, tables, *drawn)))
-    if failed:
-        print(f"Failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
-    broken = [f"{n} {row}" for n in wanted if n in parts for row, r in parts[n]["rows"].items() if "error" in r]
-    if broken:
-        print(f"Did not run: {', '.join(broken)}", file=sys.stderr)
+    parts, failed, broken = measure_parts(__file__, tuple(PARTS), parsed.only, parsed.out, arguments, markdown)
+    pictures = (parsed.out.with_name(parsed.out.name + ending) for ending in (".png", "-models.png"))
+    drawn = [path for path, plot in zip(pictures, (plot_depths, plot_models), strict=True) if plot(parts, path)]
+    if drawn:
+        print("Wrote " + ", ".join(map(str, drawn)))
     return 1 if failed or broken else 0
 
 

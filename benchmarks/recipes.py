@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from parts import as_json, in_own_process
+from parts import measure_parts
 from step_report import ratios, spread
 from torch import Tensor
 
@@ -246,28 +245,7 @@ def main(arguments: list[str]) -> int:
     if parsed.measure:
         parsed.into.write_text(json.dumps(measure(parsed.measure, parsed)), "utf-8")
         return 0
-    stored, tables = (parsed.out.with_name(parsed.out.name + ending) for ending in (".json", ".md"))
-    parts: dict[str, Any] = json.loads(stored.read_text("utf-8"))["parts"] if stored.exists() else {}
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
-    wanted = [name for name in PARTS if name in parsed.only.split(",")]
-    for count, name in enumerate(wanted, 1):
-        print(f"{count}/{len(wanted)} {name} …", file=sys.stderr, flush=True)
-        part = in_own_process(__file__, name, arguments)
-        if part is None:
-            failed.append(name)
-            continue
-        parts[name] = part | {"command": shlex.join(["python", "benchmarks/recipes.py", *arguments])}
-        parts = {key: parts[key] for key in PARTS if key in parts}
-        stored.write_text(as_json(parts), "utf-8")
-        tables.write_text(markdown(parts), "utf-8")
-    print(markdown(parts))
-    print(f"Wrote {stored}, {tables}")
-    if failed:
-        print(f"Failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
-    broken = [f"{n} {row}" for n in wanted if n in parts for row, r in parts[n]["rows"].items() if "error" in r]
-    if broken:
-        print(f"Did not run: {', '.join(broken)}", file=sys.stderr)
+    _, failed, broken = measure_parts(__file__, tuple(PARTS), parsed.only, parsed.out, arguments, markdown)
     return 1 if failed or broken else 0
 
 

@@ -276,5 +276,5 @@ class Correction:
         self._measured, self._opposed = state["measured"], state["opposed"]
 
     def forget(self) -> None:
-        """Drop every offset; the next call measures."""
+        """Drop every offset."""
         self.state.keep(lambda name: False)

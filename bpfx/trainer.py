@@ -33,7 +33,8 @@ class BlockTrainer:
     """Trains block by block: all micro-batches, gradient, clipping, optimizer and freeing of one block, then the next.
 
     Gradient accumulation, clipping, schedulers and freeing gradients early compose here, because a block's gradient is
-    complete while no other block's exists. The memory of a step hardly grows with the depth of the model.
+    complete while no other block's exists. The memory of a local step hardly grows with the depth of the model; exact
+    BP steps, which the default offset takes where stored offsets would not last, store the boundaries of the batch.
 
     Args:
         step: what :func:`bpfx.convert` returned.

@@ -40,6 +40,8 @@ def exact_sweep(
             loss = _head_gradient(piece, stage, heads[stage.index]).mul(piece.share)
             losses[stage.index] = losses[stage.index] + loss if stage.index in losses else loss
 
+    for piece in pieces:
+        piece.kept = keep
     reads = frozenset(n for s in pieces[0].stages for n in _reads(s))
     for k, grads in bp_sweep(pieces, passed, reads | keep):
         grads |= heads.pop(k, {})
@@ -80,7 +82,9 @@ def _head_gradient(piece: Piece, stage: Stage, total: Grads) -> Tensor:
         )
         heads, parameters = program.local_loss.parameter_names, program.local_loss.parameters_now()
         if heads and loss.requires_grad:
-            _, grads = differentiate([loss], None, heads, parameters, [], None)
+            scale = program.weights.loss_scale
+            seed = None if scale == 1.0 else [torch.full_like(loss, scale)]
+            _, grads = differentiate([loss], seed, heads, parameters, [], None, scale)
             add = adder(total, piece.share)
             for name in list(grads):
                 add(name, grads.pop(name))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bpfx._gradients import Grads
 from bpfx.errors import BpfxError
+from bpfx.passes.precision import outside_autocast
 from bpfx.passes.programs import BoundaryLoss, LocalGradient
 
 
@@ -55,7 +56,8 @@ def matching_gradient(
                 [arguments.get(n) for n in program.user_inputs],
                 [arguments[n] for n in program.entering_names],
             )
-            own = torch.autograd.grad(value, [leaves[i] for i in wanted], create_graph=True, allow_unused=True)
+            with outside_autocast():
+                own = torch.autograd.grad(value, [leaves[i] for i in wanted], create_graph=True, allow_unused=True)
             distance = _distance(own, given)
             if distance is None or not distance.requires_grad:
                 return {}
@@ -81,11 +83,12 @@ def _distance(own: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> T
     flat = [(a.flatten().to(precise), b.flatten().to(precise)) for a, b in pairs]
     product = torch.stack([torch.dot(a, b) for a, b in flat]).sum()
     squares = [torch.stack([v[side].square().sum() for v in flat]).sum() for side in (0, 1)]
-    if not all(0 < float(s) < float("inf") for s in squares):  # also a piece that is not finite
+    if not all(0 < float(s.detach()) < float("inf") for s in squares):  # also a piece that is not finite
         return None
     return 1 - product / (squares[0].sqrt() * squares[1].sqrt())
 
 
 def _gradients(distance: Tensor, loss: BoundaryLoss) -> Grads:
-    found = torch.autograd.grad(distance, loss.parameters_now(), allow_unused=True)
+    with outside_autocast():
+        found = torch.autograd.grad(distance, loss.parameters_now(), allow_unused=True)
     return {n: g for n, g in zip(loss.parameter_names, found, strict=True) if g is not None}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.passes.stages import Stage
+
+if TYPE_CHECKING:
+    from bpfx._parallel import Ranks
 
 Sums = defaultdict[str, float]
 
@@ -88,6 +91,8 @@ class RefreshSum:
         agreement: whether pieces are compared with each other, which :class:`bpfx._scales.AutoLambda` needs.
         match: whether the heads' matching gradients are wanted.
         shared: parameters that several blocks train; their local gradient is not scaled.
+        ranks: the processes among which every piece is divided, where there are several. ``part`` is the share of this
+            one in the piece that it goes through; all of them measure and store the whole piece's differences.
     """
 
     def __init__(
@@ -98,8 +103,10 @@ class RefreshSum:
         agreement: bool = False,
         match: bool = False,
         shared: frozenset[str] = frozenset(),
+        ranks: Ranks | None = None,
     ) -> None:
         self.matching: Grads | None = {} if match else None  # gradients of heads by name
+        self.ranks, self.part = ranks, 1.0 if ranks is None else 1.0 / ranks.size
         self.shared = shared
         self.state, self.block_of, self.alpha, self.agreement = state, block_of, alpha, agreement
         self.bad: list[str] = []  # parameters whose Δ was NaN or infinite
@@ -116,6 +123,8 @@ class RefreshSum:
 
     def check(self, loss: Tensor) -> None:
         """Note a loss that is not finite; its gradients will not be either."""
+        if self.ranks is not None:
+            loss = self.ranks.total([loss * self.part if self.part else loss])[0]
         if not bool(torch.isfinite(loss.detach()).all()):
             self.bad.append("the loss")
 
@@ -167,6 +176,8 @@ class RefreshSum:
     def finish(self) -> dict[int, BlockFound]:
         """What was found out, by block."""
         found: dict[int, BlockFound] = {}
+        if self.ranks is not None and self.matching is not None:
+            self.matching = self.ranks.matching(self.matching)
         # A tied parameter's differences are one sum over its blocks: it has a mean only where as much of it was left
         # out in each of them.
         self._torn = [n for n, ks in self._blocks_of.items() if len({self._rejected.get(k, 0.0) for k in ks}) > 1]
@@ -267,7 +278,10 @@ def refresh_piece(
         The local losses of the blocks that train, in order.
     """
     weights = piece.variant.captured.weights
+    together = total if isinstance(total, RefreshSum) and total.ranks is not None else None
+    part = together.part if together is not None else 1.0
     losses: list[Tensor] = []
+    piece.kept = keep
     for stage in piece.stages[:-1]:
         piece.forward(stage, keep)
     last = piece.stages[-1]
@@ -289,25 +303,62 @@ def refresh_piece(
             outputs, local_loss = piece.local_again(stage, adder(own, 1.0))
             losses.append(local_loss)
             if total.matching is not None:
-                _match(piece, stage, outputs, total.matching, share)
+                _match(piece, stage, outputs, total.matching, share * part)
             del outputs
             with torch.no_grad():
                 for name, value in before.items():
                     weights[name].copy_(value)
-        deltas: Grads = {}
-        sums: Sums = defaultdict(float)
-        meet = partial(_meet, total, stage.index, sums, deltas, own, local is not None)
-        piece.vjp(stage, meet)
-        for name in [n for n in own if n not in deltas and not n.startswith(HEADS)]:
-            meet(name, None)  # BP gives it no gradient
-        if deltas:
-            total.settle(stage.index, deltas, sums, share)
+        if together is None:
+            deltas: Grads = {}
+            sums: Sums = defaultdict(float)
+            meet = partial(_meet, total, stage.index, sums, deltas, own, local is not None)
+            piece.vjp(stage, meet)
+            for name in [n for n in own if n not in deltas and not n.startswith(HEADS)]:
+                meet(name, None)  # BP gives it no gradient
+            if deltas:
+                total.settle(stage.index, deltas, sums, share)
+        else:
+            theirs: Grads = {}
+            piece.vjp(stage, adder(theirs, 1.0))
+            _settle_together(together, stage, theirs, own, share)
         if local is not None:
             local.append(own)
     set_rng_state(final)
     if local is not None:
         local.reverse()
     return losses[::-1]
+
+
+def idle_piece(stages: Sequence[Stage], total: RefreshSum, share: float) -> None:
+    """:func:`refresh_piece` of a rank that has no part in the piece.
+
+    Args:
+        stages: the blocks.
+        total: receives the differences of the other ranks.
+        share: of the piece in the refresh.
+    """
+    assert total.ranks is not None
+    total.part = 0.0
+    total.check(torch.zeros((), device=total.ranks.device))
+    for stage in reversed(stages[:-1]):
+        if stage.vjp is not None:
+            _settle_together(total, stage, {}, {}, share)
+
+
+def _settle_together(total: RefreshSum, stage: Stage, theirs: Grads, own: Grads, share: float) -> None:
+    """Differences of a block from a piece that several ranks have a part of: the sums of both gradients meet.
+
+    The products that rules decide from are those of the whole piece, and equal on every rank.
+    """
+    assert total.ranks is not None
+    g, ell = total.ranks.both(stage.block.trainable, theirs, own, total.part)
+    deltas: Grads = {}
+    sums: Sums = defaultdict(float)
+    for name in [n for n in stage.block.trainable if n in g or n in ell]:
+        # In memory of its own: what is stored would keep the gradients of the whole block alive.
+        _meet(total, stage.index, sums, deltas, ell, False, name, g.pop(name).clone() if name in g else None)
+    if deltas:
+        total.settle(stage.index, deltas, sums, share)
 
 
 def _meet(

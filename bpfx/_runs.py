@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +14,7 @@ import torch
 
 from bpfx import data
 from bpfx._config import Config
+from bpfx.checkpoint import replace as replace
 
 
 class Interrupted(Exception):
@@ -80,12 +80,3 @@ def restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, then rename: a reader, or a run killed here, finds the old file or the new, never a half."""
-    beside = path.with_name(path.name + ".new")
-    write(beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)

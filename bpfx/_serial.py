@@ -35,6 +35,7 @@ class Piece:
         states: random state at the start of every block that may draw.
         loss: its task loss, once that is known.
         use: called with the names of the weights that are needed now, and of those that are needed next.
+        kept: values that the caller reads at the end; they do not die with their last reader.
     """
 
     variant: Variant
@@ -45,6 +46,7 @@ class Piece:
     states: dict[int, RngState] = dataclasses.field(default_factory=dict)
     loss: Tensor | None = None
     use: Callable[[Iterable[str], Iterable[str]], None] | None = None
+    kept: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -77,10 +79,10 @@ class Piece:
             outputs = list(stage.local(*arguments))
             if stage is self.stages[-1]:
                 self.loss = outputs[0]
-            self._put(stage, outputs, self.variant.read_locally)
+            self._put(stage, outputs, self.variant.read_locally | self.kept)
             return None
         *outputs, loss, _ = stage.local(arguments, sink)
-        self._put(stage, outputs, self.variant.read_locally)
+        self._put(stage, outputs, self.variant.read_locally | self.kept)
         if stage is self.stages[-1]:
             self.loss = loss
         return loss
@@ -146,7 +148,8 @@ class Piece:
             if isinstance(value, Parked):
                 value.release()
         for name in dead:
-            del self.values[name]
+            if name not in self.kept:
+                del self.values[name]
         return taken
 
     def _put(self, stage: Stage, outputs: list[Any], wanted: frozenset[str]) -> None:

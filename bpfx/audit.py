@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bpfx._alone import alone
 from bpfx.errors import BpfxError
 from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
@@ -58,6 +59,7 @@ class Audit:
         return "\n".join(lines)
 
 
+@alone
 def audit(step: Step, *batch: Any, cut: bool = True) -> Audit:
     """Run the emitted local step and ask autograd, loss by loss, which parameters of the whole model it reaches.
 
@@ -113,8 +115,9 @@ class _Interpreter(fx.Interpreter):
         if not isinstance(program, LocalGradient):
             return super().call_module(target, args, kwargs)
         outputs, loss = program.losses(*args)
-        found = torch.autograd.grad(loss, list(self.named.values()), retain_graph=True, allow_unused=True)
-        reached = {n for n, g in zip(self.named, found, strict=True) if g is not None}
+        named = list(self.named.values())
+        found = torch.autograd.grad(loss, named, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+        reached = {n for n, g in zip(self.named, found, strict=False) if g is not None}
         self.reaches.setdefault(program.last.index, set()).update(reached)
         return (*outputs, loss.detach(), {})
 

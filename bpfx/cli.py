@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bpfx import data, models
 from bpfx._config import METHODS, Config, build, example_batch, prepare
+from bpfx._ranks import is_rank_zero, launched_with_others
 from bpfx.errors import BpfxError
 from bpfx.plan import Plan
 
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BpfxError) -> int:
-    print(f"bpfx: {error}", file=sys.stderr)
+    if is_rank_zero():
+        print(f"bpfx: {error}", file=sys.stderr)
     return 2
 
 
@@ -67,6 +69,7 @@ def _train(arguments: dict[str, Any]) -> int:
     # Here, because training pulls in much that the other commands and --help do not need.
     from bpfx import train
 
+    _single("train")
     console = _console()
     resumed, folder = arguments.pop("resume", None), arguments.pop("out", None)
     try:
@@ -89,6 +92,7 @@ def _compare(arguments: dict[str, Any]) -> int:
     from bpfx import compare
     from bpfx.train import Interrupted
 
+    _single("compare")
     console = _console()
     resumed, folder = arguments.pop("resume", None), arguments.pop("out", None)
     try:
@@ -106,6 +110,15 @@ def _compare(arguments: dict[str, Any]) -> int:
         console.print(said, highlight=False, soft_wrap=True)
         return _INTERRUPTED
     return 0
+
+
+def _single(command: str) -> None:
+    """Refuse several processes: each would train the whole run, in the same folder."""
+    if launched_with_others():
+        raise BpfxError(
+            f"bpfx {command} runs in one process, and torchrun started several; start it without torchrun. "
+            "docs/data-parallel.md has the loop for several processes"
+        )
 
 
 def _alone(given: dict[str, Any], folder: str | None) -> None:
@@ -152,7 +165,7 @@ def _make_plan(config: Config) -> Plan:
 
 def _console() -> Console:
     # Without markup: folders and hints such as 'bpfx[plot]' may hold brackets.
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, highlight=False, quiet=not is_rank_zero())
     if not console.is_terminal:
         console.width = 140  # a file or a pipe has no width of its own, and 80 columns would break the table
     return console

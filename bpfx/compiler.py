@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bpfx._alone import alone
 from bpfx._budget import within_budget
+from bpfx._logging import logger
 from bpfx._offset_state import OffsetState
 from bpfx._predict import Table, arrange, block_peaks, costs_of, drop_in_peaks, ordered, predict_bp, schedules
+from bpfx._sharded import refuse_divided
 from bpfx._simulate import singly
 from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
@@ -30,6 +33,7 @@ from bpfx.passes.graph import HEADS, ModelGraph, Weights, ancestors, tensor_byte
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes
 from bpfx.passes.own_loss import OwnLoss
+from bpfx.passes.precision import uncached
 from bpfx.passes.reduction import Reduction, find_reduction
 from bpfx.passes.stages import make_stages
 from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
@@ -47,6 +51,8 @@ class Compiler:
     Args: as for :func:`bpfx.convert`.
     """
 
+    @alone
+    @uncached()
     def __init__(
         self,
         model: nn.Module,
@@ -85,6 +91,7 @@ class Compiler:
             tensors = self.spec.flatten(args, kwargs)
         self.loss_fn = self._own_loss(tensors) if loss_fn == OWN else outside
         captured = capture(model, self.loss_fn, self.spec, tensors)
+        _log_capture(captured)
         self.weights: Weights = captured.weights
         # What the audit runs on: a few samples, so that the caller's batch is not kept alive.
         # Whole samples, and two of them at least: a contrastive loss compares samples.
@@ -104,6 +111,7 @@ class Compiler:
         self.main = self._emit(captured, predictions, cuts)
         self.heads = self.main.heads
         self.plan = self._plan(self.main, tensors)
+        self._log_blocks()
         if compile != "eager":
             self._compile(self.main)
         self._variants: dict[tuple[tuple[int, ...], ...], Variant] = {}
@@ -116,6 +124,8 @@ class Compiler:
                 stacklevel=3,
             )
 
+    @alone
+    @uncached()
     def variant(self, tensors: Sequence[Tensor]) -> Variant:
         """The steps that fit these inputs; another shape of a static graph is captured and verified anew."""
         key = tuple(tuple(t.shape) for t in tensors)
@@ -124,7 +134,7 @@ class Compiler:
         if key in self._variants:
             return self._variants[key]
         found = self.main
-        if not self._serves(tensors):
+        if not self._fits(found, tensors):
             found = self._recapture(tensors)
         self._variants[key] = found
         return found
@@ -192,8 +202,8 @@ class Compiler:
         sizes = [self.spec.samples(p) for p in pieces]
         return [n / sum(sizes) for n in sizes]
 
-    def _serves(self, tensors: Sequence[Tensor]) -> bool:
-        graph = self.main.captured.graph
+    def _fits(self, variant: Variant, tensors: Sequence[Tensor]) -> bool:
+        graph = variant.captured.graph
         if not graph.dynamic or graph.guard is None:
             return False
         try:
@@ -207,6 +217,8 @@ class Compiler:
         sized = next(s[0] for s, per in zip(shaped, self.spec.per_sample, strict=True) if per)
         spec = dataclasses.replace(self.spec, shapes=shaped, batch_size=sized)
         captured = capture(self.model, self.loss_fn, spec, list(tensors))
+        logger("capture").info("captured anew for inputs of shape %s", shaped)
+        _log_capture(captured)
         predictions = self._prepare(captured, tensors)
         nodes = captured.graph.compute_nodes()
         by_name = {n.name: i for i, n in enumerate(nodes)}
@@ -315,6 +327,13 @@ class Compiler:
         joint.compile_local_gradients(local, self.backend)
         programs.compile_blocks(variant.blocks, variant.losses, self.backend)
 
+    def _log_blocks(self) -> None:
+        blocks = ", ".join(f"{b.index}: {b.name}" for b in self.plan.blocks)
+        logger("partition").info("%d blocks: %s", len(self.plan.blocks), blocks)
+        logger("partition").debug("%s", self.plan)
+        for step in (self.main.local_step, self.main.bp_step):
+            logger("graphs").info("%s%s", type(step).__name__, step.code)
+
     # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:
@@ -360,6 +379,8 @@ class Compiler:
         plan.micro_batches, plan.budget = self._micro_batches, self.budget
         return plan
 
+    @alone
+    @uncached()
     def arrange(self, count: int) -> tuple[list[range], int, int | None]:
         """How the block-serial trainer runs ``count`` micro-batches of the example.
 
@@ -381,6 +402,8 @@ class Compiler:
                 pass  # one block at a time is right, too
         return singly(len(variant.stages)), count, None
 
+    @alone
+    @uncached()
     def schedules(self, tensors: Sequence[Tensor], micro_batches: int, offset: Offset | None = None) -> list[Schedule]:
         """Predictions of every way to take a step on a batch of these shapes.
 
@@ -399,6 +422,11 @@ class Compiler:
                 return schedules(table, tensors, functools.partial(self.spec.largest, tensors), len(sizes), relative)
         except LivenessError as error:
             raise BpfxError(f"no prediction: {error}") from error
+
+
+def _log_capture(captured: Captured) -> None:
+    for line in captured.graph.log:
+        logger("capture").info("%s", line)
 
 
 def check_loss_fn(loss_fn: Any) -> LossFn | None:
@@ -428,6 +456,7 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise BpfxError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    refuse_divided(model, "convert first, then call fully_shard on modules of step.model")
 
 
 def parse_bytes(size: float | str) -> int:

@@ -73,7 +73,7 @@ def convert(
     """
     _check_offset(offset)
     compiler = Compiler(model, loss_fn, batch, blocks, memory_budget, local_loss, horizon, compile)
-    return Step(compiler, offset)
+    return Step(compiler, Offset() if offset is _DEFAULT_OFFSET else offset)  # settings that no other step shares
 
 
 def plan(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpfx._alone import alone
+from bpfx._logging import logger
 from bpfx._refresh import restore_statistics, running_statistics
 from bpfx.compiler import Compiler
 from bpfx.errors import BpfxWarning
@@ -137,6 +139,12 @@ class Diagnostics:
         self.refreshes.append(record)
         del self.refreshes[:-REFRESHES]
         self.measured += 1
+        logger("offset").info(
+            "refresh at iteration %d: mean cosine %.3f, period %s",
+            *(record["iteration"], record["cosine"], record["period"]),
+        )
+        for values in record["blocks"]:
+            logger("offset").debug("%s", values)
         self._listeners.tell(scalars(record))
 
     def retract(self, iteration: int) -> None:
@@ -176,6 +184,7 @@ class BlockScore:
     accuracy: float | None
 
 
+@alone
 def block_scores(compiler: Compiler, tensors: Sequence[Tensor]) -> list[BlockScore]:
     """The local loss and local accuracy of every block that trains, as a local step would find them.
 

@@ -4,6 +4,8 @@ What a listener gets is flat, one dictionary per refresh and one per window of l
 
     {"iteration": 8, "cosine": 0.41, "period": 4, "block0/cosine": 0.35, "block0/ratio": 0.93, …}
     {"iteration": 49, "block0/loss": 1.31, "block1/loss": 0.87, …}
+
+Of several processes that torchrun starts, the writers of the first one write: what they measure together is the same.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpfx._ranks import is_rank_zero
 from bpfx.errors import BpfxError, BpfxWarning
 
 if TYPE_CHECKING:
@@ -108,6 +111,7 @@ class CsvWriter:
     Args:
         path: of the file; begun where there is none and continued where there is, folders included.
         columns: of a block, by name: :data:`REFRESHES`, or :data:`LOSSES` for the local losses instead.
+        every_rank: write in every process of torch.distributed, not in the first one only; to be given a path each.
 
     Raises:
         BpfxError: the file is there and holds something else.
@@ -116,15 +120,20 @@ class CsvWriter:
         >>> remove = step.diagnostics.listen(CsvWriter("refreshes.csv"))  # doctest: +SKIP
     """
 
-    def __init__(self, path: str | Path, columns: Sequence[str] = REFRESHES) -> None:
+    def __init__(self, path: str | Path, columns: Sequence[str] = REFRESHES, every_rank: bool = False) -> None:
         self.path, self.columns = Path(path), ("iteration", "block", *columns)
         self.last = -1  # iteration of the last rows
+        self._writes = every_rank or is_rank_zero()
+        if not self._writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists() or not self.path.stat().st_size:
             self._append([self.columns])
         self._rewind(None)
 
     def __call__(self, flat: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
         rows = [
             [flat["iteration"], block, *(values.get(name, "") for name in self.columns[2:])]
             for block, values in sorted(_by_block(flat).items())
@@ -149,6 +158,8 @@ class CsvWriter:
             >>> writer.resume(step)  # doctest: +SKIP
             >>> step.diagnostics.listen(writer)  # doctest: +SKIP
         """
+        if not self._writes:
+            return
         records = step.diagnostics.refreshes
         self._rewind(step.iteration)
         if any(record["iteration"] == self.last for record in records):
@@ -199,6 +210,7 @@ class TensorBoardWriter:
     Args:
         folder: of the events; ``tensorboard --logdir FOLDER`` shows them.
         start: iteration at which a resumed run goes on: TensorBoard hides what was written from there on before.
+        every_rank: as for :class:`CsvWriter`.
 
     Raises:
         BpfxError: tensorboard is not installed.
@@ -208,10 +220,13 @@ class TensorBoardWriter:
         >>> remove = step.diagnostics.listen(writer)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, start: int | None = None) -> None:
-        self._writer: SummaryWriter = summary_writer()(str(folder), purge_step=start)
+    def __init__(self, folder: str | Path, start: int | None = None, every_rank: bool = False) -> None:
+        made, writes = summary_writer(), every_rank or is_rank_zero()
+        self._writer: SummaryWriter | None = made(str(folder), purge_step=start) if writes else None
 
     def __call__(self, flat: Mapping[str, float]) -> None:
+        if self._writer is None:
+            return
         iteration = int(flat["iteration"])
         for key, value in flat.items():
             if key != "iteration":
@@ -220,7 +235,8 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Close the file; the writer takes nothing more."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def summary_writer() -> type[SummaryWriter]:

@@ -7,18 +7,25 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from bpfx._alone import alone
 from bpfx._correction import EXACT, LOCAL, REFRESH, Correction
+from bpfx._ddp import OnOneDevice, aside, for_limits, ranks_of_ddp
+from bpfx._deliver import Deliver
 from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads, merged
+from bpfx._loss_scale import LossScale
 from bpfx._offset_state import OffsetState
-from bpfx._refresh import RefreshSum, refresh_piece, restore_statistics, running_statistics
+from bpfx._parallel import Ranks, rounds_of
+from bpfx._refresh import RefreshSum, idle_piece, refresh_piece, restore_statistics, running_statistics
 from bpfx._serial import Piece
+from bpfx._sharded import Shards, shards_of
 from bpfx._shelf import Parked
 from bpfx._variant import Variant
 from bpfx.compiler import Compiler
@@ -51,7 +58,7 @@ class StepResult:
     outputs: Any
 
 
-class Step(nn.Module):
+class Step(OnOneDevice):
     """A converted model. Made by :func:`bpfx.convert`.
 
     ``parameters()`` are the model's and the heads'; give them all to the optimizer. ``state_dict()`` holds the model,
@@ -86,8 +93,10 @@ class Step(nn.Module):
         self._refresh_data = RefreshData(offset.data) if offset is not None and offset.data is not None else None
         self._trainable = compiler.weights.trainable()
         self._no_offsets = OffsetState()
+        self._loss_scale = LossScale()
         self._forced: str | None = None  # kind of the steps that are being measured
         self._correction: Correction | None = None
+        self._ranks: Ranks | None = None  # of the call that is under way
         if offset is not None:
             block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
             last = compiler.main.blocks[-1].index
@@ -112,6 +121,7 @@ class Step(nn.Module):
 
     # --- the drop-in loop ---------------------------------------------------------------------------------------------
 
+    @alone
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run one local step (and a refresh where the schedule says so).
 
@@ -132,13 +142,16 @@ class Step(nn.Module):
         self._check_trainable()
         self._check_heads()
         self._check_budget()
+        self._ranks, shards = ranks_of_ddp(self), shards_of(self)
         variant = compiler.variant(tensors)
+        variant.captured.weights.loss_scale = self._loss_scale.now()
         kind = self._kind()
-        if kind == EXACT:
-            result = self._run_exact(variant, tensors)
-        else:
-            result = self._refresh(variant, tensors) if kind == REFRESH else self._run_local(variant, tensors)
-            result.grads = self._corrected(result.grads)
+        run = {EXACT: self._run_exact, REFRESH: self._refresh, LOCAL: self._run_local}[kind]
+        run = run if shards is None else partial(self._run_sharded, shards)
+        with aside(self, kind):
+            result = run(variant, tensors)
+        if kind != EXACT:
+            result.grads = self._corrected(for_limits(self, result.grads))
         self.iteration += 1
         self.diagnostics.learning.add(dict(zip(self._learning, result.local_losses, strict=True)), self.iteration - 1)
         return self._deliver(result, result.grads)
@@ -148,11 +161,13 @@ class Step(nn.Module):
         """Δ by parameter name, as the optimizer's parameters are: decoded, and on their device."""
         return self._correction.state if self._correction is not None else self._no_offsets
 
+    @alone
     def run_local(self, *args: Any, **kwargs: Any) -> StepResult:
         """One local step; ``.grad`` and the schedule stay as they are. Running statistics are updated."""
         tensors = self._compiler.spec.flatten(args, kwargs)
         return self._run_local(self._compiler.variant(tensors), tensors)
 
+    @alone
     def run_bp(self, *args: Any, **kwargs: Any) -> StepResult:
         """One BP step, recomputing block by block; ``.grad`` and the schedule stay as they are."""
         tensors = self._compiler.spec.flatten(args, kwargs)
@@ -177,14 +192,17 @@ class Step(nn.Module):
         loss, grads, outputs = variant.bp_step(*tensors)
         return StepResult(loss, merged(grads), [], self._output(variant, loss, outputs))
 
+    def _run_sharded(self, shards: Shards, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
+        kept = frozenset(n.name for n in variant.captured.graph.outputs if isinstance(n, fx.Node))
+        piece, grads, losses = shards.run_local(variant, tensors, kept)
+        assert piece.loss is not None
+        return StepResult(piece.loss, grads, losses, self._outputs_of(piece, variant))
+
     def _output(self, variant: Variant, loss: Tensor, leaves: Sequence[Any]) -> Any:
-        captured = variant.captured
-        queue = iter(leaves)
-        total = len(leaves) + len(captured.output_constants)
-        constants = captured.output_constants
-        return pytree.tree_unflatten(
-            [constants[i] if i in constants else next(queue) for i in range(total)], captured.output_spec
-        )
+        constants, queue = variant.captured.output_constants, iter(leaves)
+        total = len(leaves) + len(constants)
+        found = [constants[i] if i in constants else next(queue) for i in range(total)]
+        return pytree.tree_unflatten(found, variant.captured.output_spec)
 
     def _run_exact(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         """The BP gradient of the batch, and the heads' own."""
@@ -216,11 +234,8 @@ class Step(nn.Module):
     def _outputs_of(self, piece: Piece, variant: Variant) -> Any:
         """The model's output from the values that a piece has kept."""
         graph = variant.captured.graph
-        values = {
-            n.name: _plain(piece.values[n.name])
-            for n in graph.outputs
-            if isinstance(n, fx.Node) and n is not graph.loss
-        }
+        named = [n for n in graph.outputs if isinstance(n, fx.Node) and n is not graph.loss]
+        values = {n.name: _plain(piece.values[n.name]) for n in named}
         assert piece.loss is not None
         values[graph.loss.name] = piece.loss
         outputs = [values[o.name] if isinstance(o, fx.Node) else o for o in graph.outputs]
@@ -243,12 +258,15 @@ class Step(nn.Module):
     def _refresh(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         """Measure Δ; return the local gradient of the current batch."""
         assert self.offset is not None
-        samples = self._compiler.spec.samples(tensors)
-        if self.offset.batch in (None, samples // self._compiler.spec.rows) and self.offset.micro_batches == 1:
+        samples, batch = self._compiler.spec.samples(tensors), self.offset.batch
+        whole = batch is None or (self._ranks is None and batch == samples // self._compiler.spec.rows)
+        if whole and self.offset.micro_batches == 1:
             # The local gradients that Δ is made of are those of the training step.
             parts: list[Grads] = []
             wanted = [o for o in variant.captured.graph.outputs if isinstance(o, fx.Node)]
             piece = Piece.of(variant, tensors)
+            if self._ranks is not None:
+                self._ranks.together(self.iteration, REFRESH)
             with self._measuring() as total:
                 losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
             assert piece.loss is not None
@@ -275,13 +293,17 @@ class Step(nn.Module):
         """
         weights, start = self._compiler.weights, get_rng_state()
         saved = running_statistics(weights, self._compiler.main.captured.mutated_buffers, self.heads)
-        pieces = self._pieces(tensors, size)
+        pieces = self._pieces(tensors, size) if self._compiler.spec.samples(tensors) else []
+        shares = self._refresh_shares(pieces, tensors, told)
+        rounds = rounds_of(self._ranks, pieces, shares, told, self.iteration)
         try:
             with self._measuring() as total:
-                for inputs, share in zip(pieces, self._refresh_shares(pieces, tensors, told), strict=True):
-                    if share:
+                for inputs, share, total.part in rounds:
+                    if inputs:
                         piece = Piece.of(self._compiler.variant(inputs), inputs, 1.0, home, use)
                         refresh_piece(piece, total, share, None)
+                    else:
+                        idle_piece(self._compiler.main.stages, total, share)
         finally:
             restore_statistics(weights, self.heads, saved)
             set_rng_state(start)
@@ -308,8 +330,9 @@ class Step(nn.Module):
     def _pieces(self, tensors: Sequence[Tensor], size: int | None = None) -> list[list[Tensor]]:
         spec, offset = self._compiler.spec, self.offset
         assert offset is not None
-        samples = spec.samples(tensors)
-        wanted = offset.batch * spec.rows if offset.batch is not None else samples
+        wanted = samples = spec.samples(tensors)
+        if offset.batch is not None:
+            wanted = offset.batch * spec.rows
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:
@@ -334,13 +357,9 @@ class Step(nn.Module):
         """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
         correction, iteration = self._correction, self.iteration
         assert correction is not None
+        inside, match = partial(correction.inside, iteration=iteration), correction.offset.match > 0
         total = RefreshSum(
-            correction.state,
-            correction.block_of,
-            lambda k: correction.inside(k, iteration),
-            correction.compares,
-            correction.offset.match > 0,
-            correction.shared,
+            correction.state, correction.block_of, inside, correction.compares, match, correction.shared, self._ranks
         )
         try:
             yield total
@@ -371,9 +390,10 @@ class Step(nn.Module):
     def _deliver(self, local: StepResult, grads: Grads) -> Any:
         weights = self._compiler.weights
         heads = {f"{HEADS}{n}": p for n, p in self.heads.named_parameters()}
-        names = list(grads)
+        # Under DistributedDataParallel every parameter reports, with or without a gradient: it waits for all of them.
+        names = list(grads if self._ranks is None else dict.fromkeys([*grads, *self._trainable, *heads]))
         parameters = [heads[n] if n in heads else weights[n] for n in names]
-        loss = _Deliver.apply(local.loss, [grads.pop(n) for n in names], *parameters)
+        loss = Deliver.apply(local.loss, [grads.pop(n, None) for n in names], self._loss_scale, *parameters)
         if self._compiler.loss_fn is not None:
             return loss
         return _with_loss(local.outputs, loss)
@@ -389,11 +409,8 @@ class Step(nn.Module):
 
     def _check_budget(self) -> None:
         budget, predicted = self.plan.budget, self.plan.predicted
-        kinds = (
-            ("local",)
-            if self._correction is None
-            else ("local", "refresh", *["bp_blocks"] * self._correction.rule.exact)
-        )
+        rule = self._correction.rule if self._correction is not None else None
+        kinds = ("local",) if rule is None else ("local", "refresh", *["bp_blocks"] * rule.exact)
         need = max((predicted.get(kind, 0) for kind in kinds), default=0)
         if self.iteration == 0 and budget is not None and need > budget:
             warnings.warn(
@@ -446,8 +463,10 @@ class Step(nn.Module):
                 self._correction.load_progress(state["correction"])
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
-    def _check_blocks(self, state: dict[str, Any]) -> None:
+    def _check_blocks(self, state: Any) -> None:
         own = [b.name for b in self.plan.blocks]
+        if not isinstance(state, dict) or not isinstance(state.get("blocks"), list):
+            raise BpfxError("this is no state of a converted step; pass what its state_dict() gave")
         if state["blocks"] != own:
             raise BpfxError(
                 f"this state belongs to {len(state['blocks'])} blocks ({', '.join(state['blocks'][:3])}, …), "
@@ -456,8 +475,8 @@ class Step(nn.Module):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As for any module; a state of other blocks is refused before anything is loaded."""
-        if "_extra_state" in state_dict:
-            self._check_blocks(state_dict["_extra_state"])
+        if strict or "_extra_state" in state_dict:
+            self._check_blocks(state_dict.get("_extra_state"))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __deepcopy__(self, memo: Any) -> Step:
@@ -468,25 +487,6 @@ class Step(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan.blocks)} blocks, offset={self.offset}"
-
-
-class _Deliver(torch.autograd.Function):
-    """Carries gradients that are computed already out of ``loss.backward()``, so that hooks and accumulation work."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, grads: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.grads = grads
-        return loss.detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:
-        if ctx.grads is None:
-            raise BpfxError(
-                "this loss was differentiated already; its gradients are computed once per call of the step"
-            )
-        grads, ctx.grads = ctx.grads, None
-        # In place: a second set of gradients would double what the local step saves. Times 1 changes no bit.
-        return None, None, *(grads.pop(0).mul_(scale) for _ in range(len(grads)))
 
 
 def _plain(value: Any) -> Any:

@@ -30,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import bpfx
-from bpfx import _measure, data, logs, report
+from bpfx import _measure, checkpoint, data, logs, report
 from bpfx._config import CONFIG_FILE, METHODS, Config, build, example_batch, prepare
+from bpfx._ranks import is_rank_zero
 from bpfx._runs import Interrupted, Stop, batches, random_state, replace, restore_random
 from bpfx.errors import BpfxError
 from bpfx.step import Step
@@ -130,6 +131,7 @@ class _Run:
 
     def execute(self) -> report.Report:
         # Everything that can be wrong with the settings shows before a folder is made.
+        self._load()
         if self.tensorboard:
             logs.summary_writer()
         splits = prepare(self.config)
@@ -144,13 +146,14 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.tensorboard:
             (self.folder / _TENSORBOARD).mkdir(exist_ok=True)
-        self._load()
         self._write_config()
         self.console.print(
             f"{self.config.model} on {splits.name}: {len(splits.train):,} training and {len(splits.test):,} test "
             f"images, {len(plan.blocks)} blocks; writing to {self.folder}",
             soft_wrap=True,
         )
+        if self.current is not None:
+            self._note(f"continuing {self.current['method']} after iteration {self.current['iteration']}", always=True)
         with self.stop.listening(self.folder), self._progress() as progress:
             for method in self.config.methods:
                 if method not in self.finished:
@@ -181,10 +184,15 @@ class _Run:
         state: dict[str, Any] = {"method": method, "iteration": 0, "seconds": [], "cosines": [], "diverged": None}
         if self.current is not None and self.current["method"] == method:
             state = self.current
-            trainee.module.load_state_dict(state.pop("module"))
-            optimizer.load_state_dict(state.pop("optimizer"))
-            schedule.load_state_dict(state.pop("schedule"))
-            restore_random(state.pop("random"))
+            try:
+                trainee.module.load_state_dict(state.pop("module"))
+                optimizer.load_state_dict(state.pop("optimizer"))
+                schedule.load_state_dict(state.pop("schedule"))
+                restore_random(state.pop("random"))
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                path = self.folder / _CHECKPOINT
+                raise BpfxError(f"The checkpoint {path} does not fit {CONFIG_FILE} beside it: {first}") from None
             trainee.new_cosines()  # those before the checkpoint are in it already
         probe = example_batch(config, splits)
         scalars = self._logs(method, trainee, state["iteration"], opened)
@@ -239,7 +247,7 @@ class _Run:
                 raise Interrupted(self.folder)
         progress.update(task, completed=config.iterations, status="measuring memory")
         weights = trainee.model.state_dict()
-        replace(self.folder / f"{method}.pt", lambda path: torch.save(weights, path))
+        checkpoint.save(weights, self.folder / f"{method}.pt")
         # Where the period is not fixed, windows long enough to hold refreshes.
         period = config.period if isinstance(config.period, int) else 16
         refreshes = method == "offset"
@@ -286,7 +294,7 @@ class _Run:
 
     def _save(self) -> None:
         state = {"rows": self.rows, "finished": self.finished, "current": self.current}
-        replace(self.folder / _CHECKPOINT, lambda path: torch.save(state, path))
+        checkpoint.save(state, self.folder / _CHECKPOINT)
         replace(self.folder / "metrics.csv", self._write_metrics)
 
     def _write_metrics(self, path: Path) -> None:
@@ -299,13 +307,10 @@ class _Run:
         path = self.folder / _CHECKPOINT
         if not path.exists():
             return
-        try:
-            state = torch.load(path, map_location=self.config.device, weights_only=True)
-            self.rows, self.finished, self.current = state["rows"], state["finished"], state["current"]
-        except Exception as error:  # whatever a damaged file makes the unpickler raise
-            raise BpfxError(f"The checkpoint {path} cannot be read: {type(error).__name__}: {error}") from None
-        if self.current is not None:
-            self._note(f"continuing {self.current['method']} after iteration {self.current['iteration']}", always=True)
+        state = checkpoint.load(path, self.config.device)
+        if not isinstance(state, dict) or state.keys() != {"rows", "finished", "current"}:
+            raise BpfxError(f"The checkpoint {path} is none of bpfx train; resume a folder that it has made")
+        self.rows, self.finished, self.current = state["rows"], state["finished"], state["current"]
 
     def _note(self, text: str, always: bool = False) -> None:
         # The progress bar says it on a terminal; a log file gets lines instead.
@@ -321,7 +326,7 @@ class _Run:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal and is_rank_zero()),
         )
 
 

@@ -6,17 +6,21 @@ import math
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from bpfx._alone import alone
 from bpfx._correction import EXACT, REFRESH
 from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads
 from bpfx._idle import IdleState
+from bpfx._loss_scale import refuse_halves
+from bpfx._parallel import Ranks, idle_sweep, ranks_of_trainer, summed
 from bpfx._refresh import restore_statistics, running_statistics
 from bpfx._serial import Piece, bp_sweep, local_sweep
+from bpfx._sharded import refuse_divided
 from bpfx._stepping import BlockOptimizers, OptimizerFactory, SchedulerFactory
 from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.memory import format_bytes
@@ -24,6 +28,9 @@ from bpfx.passes.graph import HEADS
 from bpfx.passes.rng import get_rng_state, set_rng_state
 from bpfx.plan import Schedule
 from bpfx.step import Step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 MODES = ("local", "bp")
 CLIPS = ("block", "global")
@@ -58,6 +65,9 @@ class BlockTrainer:
             costs two transfers a sweep.
         boundary_device: where boundaries wait between blocks.
         reduction: ``"mean"`` or ``"sum"`` where the loss is neither by the trainer's own finding and you know better.
+        data_parallel: ``True``, or a process group of torch.distributed, where every process gives its own part of each
+            batch and all take the step of the whole batch (docs/data-parallel.md). ``False``: this process trains
+            alone; ``None``, the default, as well, with a warning where torch.distributed has several processes.
 
     Attributes:
         optimizers, schedulers: by the index of the block that they step.
@@ -79,6 +89,7 @@ class BlockTrainer:
         torch.Size([])
     """
 
+    @alone
     def __init__(
         self,
         step: Step,
@@ -93,9 +104,11 @@ class BlockTrainer:
         parameter_device: torch.device | str | None = None,
         boundary_device: torch.device | str | None = None,
         reduction: str | None = None,
+        data_parallel: bool | ProcessGroup | None = None,
     ) -> None:
         if not isinstance(step, Step):
-            raise BpfxError(f"BlockTrainer takes what bpfx.convert returned; got a {type(step).__name__}")
+            inside = "; pass what is inside, its .module, and data_parallel=True" * hasattr(step, "module")
+            raise BpfxError(f"BlockTrainer takes what bpfx.convert returned; got a {type(step).__name__}{inside}")
         _check(mode=(mode, MODES), clip=(clip, CLIPS), reduction=(reduction, (None, "mean", "sum")))
         if micro_batches is None:
             micro_batches = step.plan.micro_batches
@@ -107,6 +120,8 @@ class BlockTrainer:
         self.clip_norm, self.clip = clip_norm, clip
         self._boundary_home = _device("boundary_device", boundary_device)
         compiler = step._compiler
+        refuse_divided(step.model, "BlockTrainer is not built for it; use the step in a loop, or data_parallel=True")
+        self._ranks: Ranks | None = ranks_of_trainer(step, data_parallel, reduction, mode, clip, clip_norm)
         if micro_batches > 1:
             compiler.check_reduction(reduction)
         self._named = compiler.trained_by(mode == "local")
@@ -137,6 +152,7 @@ class BlockTrainer:
     def schedulers(self) -> dict[int, Any]:
         return self._blocks.schedulers
 
+    @alone
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One training step on a batch given as to the converted step.
 
@@ -156,12 +172,14 @@ class BlockTrainer:
         step._check_trainable()
         if not step.training:
             raise BpfxError("the step is in eval mode; call step.train() before training")
+        refuse_halves()
         if torch.is_inference_mode_enabled():
             raise BpfxError("no gradient can be computed under torch.inference_mode(); call trainer.step outside it")
         self._check_parameters()
-        if not compiler.spec.samples(tensors):
+        samples = compiler.spec.samples(tensors)
+        if not samples and self._ranks is None:
             raise BpfxError("this batch has no samples; skip it")
-        pieces = compiler.spec.split(tensors, self.micro_batches)
+        pieces = compiler.spec.split(tensors, self.micro_batches) if samples else []
         shares = compiler.shares(pieces, self.reduction)
         weights, mutated = compiler.weights, compiler.main.captured.mutated_buffers
         statistics, random = running_statistics(weights, mutated, step.heads), get_rng_state()
@@ -170,8 +188,11 @@ class BlockTrainer:
         learnt = step._correction.progress() if step._correction is not None else None
         try:
             kind = step._kind() if self.mode == "local" else EXACT
+            if self._ranks is not None:
+                shares = self._ranks.weighted(pieces, shares, self.reduction, step.iteration, kind)
+            step._ranks = self._ranks
             if kind == REFRESH:
-                size = -(-compiler.spec.samples(tensors) // self._refresh_pieces)
+                size = -(-samples // self._refresh_pieces)
                 step._measure(tensors, size, self._boundary_home, self._idle.use, self.reduction)
             norm: float | None = None
             if self.clip_norm is not None and self.clip == "global":
@@ -241,6 +262,10 @@ class BlockTrainer:
             for tensors, share in zip(inputs, shares, strict=True)
             if share  # a piece without a single target that counts has no loss
         ]
+        if not pieces:
+            loss = compiler.main.captured.graph.loss.meta["val"]
+            yield from idle_sweep(compiler.main.stages, kind, self.mode == "local", loss)
+            return
         if self.mode == "bp":
             for k, grads in bp_sweep(pieces):
                 yield k, grads, None
@@ -254,7 +279,20 @@ class BlockTrainer:
     def _complete(
         self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str
     ) -> Generator[tuple[int, Grads, Any], None, None]:
-        """As :meth:`_gradients`, a block's gradients being those that its optimizer steps, complete and corrected.
+        """As :meth:`_gradients`, a block's gradients being those that its optimizer steps, complete and corrected."""
+        blocks = self._assembled(inputs, shares, kind)
+        if self._ranks is not None:
+            blocks = summed(blocks, self._ranks, self._named)
+        with closing(blocks):
+            for k, grads, extra in blocks:
+                if k in self._named and self.mode == "local" and kind != EXACT:
+                    grads = self.converted._corrected(grads, [name for name, _ in self._named[k]])
+                yield k, grads, extra
+
+    def _assembled(
+        self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str
+    ) -> Generator[tuple[int, Grads, Any], None, None]:
+        """As :meth:`_gradients`, by the optimizer that steps them.
 
         The gradient of a parameter that two blocks share waits for the second.
         """
@@ -263,7 +301,7 @@ class BlockTrainer:
         for k, grads, extra in self._gradients(inputs, shares, kind):
             if k < 0:
                 for late in list(held):  # what they wait for has no gradient
-                    yield late, self._mine(late, waiting, kind), held.pop(late)
+                    yield late, self._mine(late, waiting), held.pop(late)
                 yield k, {}, extra
                 return
             # No name for a single gradient: it would keep the last one alive while the next block runs.
@@ -271,16 +309,14 @@ class BlockTrainer:
                 waiting[name] = waiting[name].add_(grads.pop(name)) if name in waiting else grads.pop(name)
             held[k] = extra
             for ready in [h for h in held if k <= self._complete_at.get(h, h) or not self._turned(kind)]:
-                yield ready, self._mine(ready, waiting, kind), held.pop(ready)
+                yield ready, self._mine(ready, waiting), held.pop(ready)
 
     def _turned(self, kind: str) -> bool:
         """Whether this sweep goes the other way than the one after which the optimizers were sorted."""
         return self.mode == "local" and kind == EXACT
 
-    def _mine(self, k: int, waiting: Grads, kind: str) -> Grads:
-        names = [name for name, _ in self._named.get(k, ())]
-        mine = {n: waiting.pop(n) for n in names if n in waiting}
-        return self.converted._corrected(mine, names) if self.mode == "local" and kind != EXACT else mine
+    def _mine(self, k: int, waiting: Grads) -> Grads:
+        return {n: waiting.pop(n) for n, _ in self._named.get(k, ()) if n in waiting}
 
     def _global_norm(self, inputs: Sequence[list[Tensor]], shares: Sequence[float], kind: str) -> float:
         with closing(self._complete(inputs, shares, kind)) as blocks:
@@ -323,6 +359,8 @@ class BlockTrainer:
                     for name, _ in self._named.get(k + 1, ()):
                         self.converted.offset_state.prefetch(name)
         self._idle.release()
+        if self._ranks is not None:
+            loss = self._ranks.settle(loss, self.local_losses)
         if self._turned(kind):  # blocks whose local loss is the task loss, and the order of the others
             own = {k: self.local_losses.get(k, loss.detach()) for k in self.converted._learning}
             self.local_losses.clear()
@@ -377,11 +415,11 @@ class BlockTrainer:
         Raises:
             BpfxError: the state belongs to other blocks, or to the other mode.
         """
-        if "mode" not in state:
+        if not isinstance(state, dict) or not {"mode", "step", "optimizers", "schedulers"} <= state.keys():
             raise BpfxError("this is no state of a BlockTrainer; pass what its state_dict() gave")
         if state["mode"] != self.mode:
             raise BpfxError(f"this state is of mode={state['mode']!r}, the trainer's is {self.mode!r}")
-        self.converted._check_blocks(state["step"]["_extra_state"])
+        self.converted._check_blocks(state["step"].get("_extra_state"))
         self._blocks.check_state(state)
         with self.resident():
             self.converted.load_state_dict(state["step"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpoint_module
-from torch import nn
+from torch import Tensor, fx, nn
 
 
 @contextmanager
@@ -94,3 +94,21 @@ def rewritten_weights(model: nn.Module) -> list[str]:
     paths = [path for path, m in model.named_modules() if isinstance(m, layers.MultiheadAttention)]
     suffixes = ("base_layer.in_proj_weight", "base_layer.out_proj.base_layer.weight")
     return [f"{path}.{suffix}" if path else suffix for path in paths for suffix in suffixes]
+
+
+def guard_group_norms(graph: fx.Graph) -> None:
+    """Put :func:`contiguous_group_norm` where a group norm on the CPU reads channels-last memory."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.group_norm.default):
+        value = node.args[0].meta.get("val")
+        if isinstance(value, Tensor) and value.device.type == "cpu" and value.dim() == 4 and not value.is_contiguous():
+            node.target = contiguous_group_norm
+
+
+def contiguous_group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``aten.group_norm``; its backward ends the process (CPU, torch 2.13) where ``x`` is in channels-last memory and
+    needs no gradient, though weight or bias does. In the local step what crosses a boundary needs none."""
+    group_norm = torch.ops.aten.group_norm.default
+    if x.requires_grad or not x.is_contiguous(memory_format=torch.channels_last):
+        return group_norm(x, *args, **kwargs)
+    # The same memory format as ever behind it: masks of dropout are drawn in the order of the memory.
+    return group_norm(x.contiguous(), *args, **kwargs).contiguous(memory_format=torch.channels_last)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
 
 _aten = torch.ops.aten
 
-# Return their argument itself when there is nothing to do, without saying so in their schema.
-_MAYBE_SAME = {_aten.dropout.default, _aten.alpha_dropout.default, _aten.feature_dropout.default}
+# Return their argument itself where p is 0 or train is False, without saying so in their schema.
+_DROPOUT = {_aten.dropout.default, _aten.alpha_dropout.default, _aten.feature_dropout.default}
+
+
+def written(value: Any, write: Any) -> Any:
+    """The value itself, after an operation that wrote into its memory through another view."""
+    return value
 
 
 @dataclasses.dataclass
@@ -40,6 +46,28 @@ class Aliases:
     mutations: dict[fx.Node, list[Mutation]]
 
 
+def show_writes(graph: fx.Graph) -> None:
+    """Make every write through a view an edge of the graph: later readers get ``written(value, write)``.
+
+    ``out[:, 0] = x`` is recorded as a write into a slice, and what reads ``out`` afterwards has no edge to it: neither
+    the gradient nor the value of ``x`` would be seen to get there.
+    """
+    aliases = analyse(graph)
+    for root, mutations in aliases.mutations.items():
+        members = list(aliases.groups[root])
+        for write in sorted(m.node for m in mutations):
+            for member in [m for m in members if m < write]:
+                later = [user for user in member.users if write < user]
+                if not later:
+                    continue
+                with graph.inserting_after(write):
+                    seen = graph.call_function(written, (member, write))
+                seen.meta = {**write.meta, "val": member.meta.get("val")}
+                for user in later:
+                    user.replace_input_with(member, seen)
+                members.append(seen)
+
+
 def analyse(graph: fx.Graph) -> Aliases:
     """Group nodes by the memory they share, from the operators' schemas."""
     root: dict[fx.Node, fx.Node] = {}
@@ -47,6 +75,8 @@ def analyse(graph: fx.Graph) -> Aliases:
     writes: list[tuple[fx.Node, fx.Node]] = []
     for node in graph.nodes:
         root[node], whole[node] = node, True
+        if node.target is written:
+            root[node], whole[node] = root[node.args[0]], whole[node.args[0]]
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None:
             continue
@@ -56,7 +86,7 @@ def analyse(graph: fx.Graph) -> Aliases:
                 continue
             info = argument.alias_info
             if info is None:
-                if node.target in _MAYBE_SAME and position == 0:
+                if node.target in _DROPOUT and position == 0 and not (len(node.args) == 3 and all(node.args[1:])):
                     root[node], whole[node] = root[value], whole[value]
                 continue
             returns = any(r.alias_info is not None for r in schema.returns)

@@ -101,6 +101,9 @@ class BatchSpec:
         views = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Views)}
         leaves = [views[i].first if i in views else leaf for i, leaf in enumerate(leaves)]
         if spec != self.spec:
+            reordered = self._reordered(args, kwargs)
+            if reordered is not None:
+                return self.flatten(*reordered)
             raise BpfxError(
                 f"this batch is built otherwise than the example: got {_structure(args, kwargs)}, "
                 f"the example had {self.describe()}; call bpfx.convert again with a batch of the new structure"
@@ -125,6 +128,15 @@ class BatchSpec:
                     "model's own dtype has changed since, call bpfx.convert again"
                 )
         return self._expanded(tensors, {k: views[i] for k, i in enumerate(self.tensor_positions) if i in views})
+
+    def _reordered(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        """The same call with its keywords in the example's order; ``None`` where it differs in more than that."""
+        try:
+            leaves = self.spec.flatten_up_to((tuple(args), dict(kwargs)))
+        except ValueError:
+            return None
+        call = pytree.tree_unflatten(leaves, self.spec)
+        return call if pytree.tree_structure(call) == self.spec else None
 
     def expanded(self, rows: int, expand: Callable[[list[Tensor], int, Sequence[int]], list[Tensor]]) -> BatchSpec:
         """The same structure with ``rows`` rows for every sample, made by ``expand``."""

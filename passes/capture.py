@@ -28,11 +28,13 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from bpfx.errors import BpfxError
-from bpfx.passes import adapters, opaque
+from bpfx.passes import adapters, alias, opaque
 from bpfx.passes.batch import BatchSpec, Loss, LossFn, call_model
 from bpfx.passes.graph import OUTSIDE_LOSS, ModelGraph, Weights, module_name
+from bpfx.passes.normalise import tidy
 from bpfx.passes.reference import SEED, Reference, run_reference
 from bpfx.passes.rng import preserve
+from bpfx.passes.tracker import ModuleTracker
 from bpfx.passes.verify import Mismatch, verify
 
 MAX_FALLS = 12
@@ -181,7 +183,7 @@ class _Attempts:
         tensors = self.full if opaque_paths else self.few
         if tensors is not reference.tensors:
             reference = self._reference(tensors)
-        tracker = _ModuleTracker(self.program)
+        tracker = ModuleTracker(self.program)
         try:
             with ExitStack() as stack:
                 if not opaque_paths:
@@ -190,11 +192,12 @@ class _Attempts:
                     graph = self._whole(tensors)
                 else:
                     graph = self._export(tensors, opaque_paths, strict, tracker)
+            tidy(graph, reference.mutated)
             mismatch = verify(graph, self.weights, reference, tensors)
         except BpfxError:
             raise
         except Exception as error:
-            where = tracker.culprit()
+            where = error.path if isinstance(error, opaque.OutsideState) else tracker.culprit()
             reason = _first_line(error)
             self.log.append(f"{rung}: fell at {where or 'the model itself'}: {reason}")
             while where in opaque_paths and where:
@@ -255,7 +258,7 @@ class _Attempts:
         return dict.fromkeys(outer, reason) if path in outer else {path: reason}
 
     def _export(
-        self, tensors: list[Tensor], opaque_paths: dict[str, str], strict: bool, tracker: _ModuleTracker
+        self, tensors: list[Tensor], opaque_paths: dict[str, str], strict: bool, tracker: ModuleTracker
     ) -> ModelGraph:
         dynamic = not opaque_paths
         outermost = {p: self.modules[p] for p in _outermost(opaque_paths)}
@@ -265,8 +268,10 @@ class _Attempts:
             stack.enter_context(adapters.non_reentrant_checkpoint())
             if outermost:
                 calls: list[opaque.OpaqueCall] = []
-                with opaque.recorded(outermost, calls), torch.enable_grad():
+                with opaque.own_state(outermost), torch.enable_grad():
                     self.program(*(t.clone() for t in tensors))
+                    with opaque.recorded(outermost, calls):
+                        self.program(*(t.clone() for t in tensors))
                 stack.enter_context(opaque.replaced(outermost, calls))
             if not strict:  # Dynamo would trace the tracker's own hooks
                 stack.enter_context(tracker)
@@ -348,6 +353,9 @@ def graph_of(
         given._rename(name)
         given.target = given.name
     opaque.inline_calls(graph, gm)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # notes the dtype of the capture; under autocast another one is right
+    alias.show_writes(graph)
     results: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     symbol = _batch_symbol(inputs, spec)
     dims = {n: d for n in graph.nodes if (d := _batch_dim(n, symbol, tensors[0].shape[0])) is not None}
@@ -431,63 +439,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-class _ModuleTracker:
-    """Knows the innermost module in whose forward an exception passed."""
-
-    def __init__(self, program: Program) -> None:
-        self.paths = {id(m): path for path, m in program.named_modules()}
-        self.program = program
-        self.stack: list[str] = []
-        self.changed: list[str] = []
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _ModuleTracker:
-        module = nn.modules.module
-        self._handles = [
-            module.register_module_forward_pre_hook(lambda m, args: self._push(m)),
-            module.register_module_forward_hook(lambda m, args, output: self._pop(m)),
-        ]
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _push(self, m: nn.Module) -> None:
-        if id(m) in self.paths:
-            self.stack.append(self.paths[id(m)])
-
-    def _pop(self, m: nn.Module) -> None:
-        if id(m) in self.paths and self.stack:
-            self.stack.pop()
-
-    @contextmanager
-    def slots_restored(self) -> Iterator[None]:
-        """Put back what a module's forward re-registered while it was traced, and remember who did it."""
-        before = {p: (m, _slots(m)) for p, m in self.program.named_modules()}
-        try:
-            yield
-        finally:
-            for path, (module, slots) in before.items():
-                for kind, own in slots.items():
-                    now = module.__dict__ if kind == "" else module.__dict__[kind]
-                    tensors = {k: v for k, v in now.items() if isinstance(v, Tensor)}
-                    if {k: id(v) for k, v in tensors.items()} != {k: id(v) for k, v in own.items()}:
-                        self.changed.append(path)
-                        for key in tensors.keys() - own.keys():
-                            del now[key]
-                        now.update(own)
-
-    def culprit(self) -> str:
-        path = self.stack[-1] if self.stack else next(iter(self.changed), "")
-        return module_name(path)
-
-
-def _slots(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    kinds = {"": module.__dict__, "_parameters": module._parameters, "_buffers": module._buffers}
-    return {kind: {k: v for k, v in slots.items() if isinstance(v, Tensor)} for kind, slots in kinds.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,7 @@ class Weights:
         self._slots: dict[str, tuple[dict[str, Any], str]] = {}
         self._canonical: dict[str, str] = {}
         self._override: dict[str, Tensor] | None = None
+        self.loss_scale = 1.0  # of the losses that are differentiated; gradients of weights are divided by it again
         self.parameter_names: list[str] = []
         self.buffer_names: list[str] = []
         self.rewritten: list[str] = []  # parameters that the model's own forward writes to
@@ -187,8 +188,17 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 DETACHING = {torch.ops.aten.detach.default, torch.ops.aten.detach_.default}
 
 
+def _makes_anew(node: fx.Node) -> bool:
+    """Whether only the shape of what a node reads matters to it: ``zeros_like``, ``new_full`` and the like."""
+    name = node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+    return name.endswith("_like") or name.startswith("new_")
+
+
 def differentiable_nodes(graph: ModelGraph, weights: Weights) -> set[fx.Node]:
-    """Nodes whose value carries a gradient: they depend on a trainable parameter through differentiable values."""
+    """Nodes whose value carries a gradient in plain BP.
+
+    They depend on a trainable parameter, and the loss depends on them, through differentiable values.
+    """
     live: set[fx.Node] = set()
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -196,7 +206,7 @@ def differentiable_nodes(graph: ModelGraph, weights: Weights) -> set[fx.Node]:
             if name is not None and weights[name].requires_grad:
                 live.add(node)
             continue
-        if node.op == "output" or node.target in DETACHING or is_no_grad_region(node):
+        if node.op == "output" or node.target in DETACHING or _makes_anew(node) or is_no_grad_region(node):
             continue
         value = node.meta.get("val")
         # A list or tuple of tensors is differentiable as a whole; its items are told apart by their dtype.
@@ -205,4 +215,11 @@ def differentiable_nodes(graph: ModelGraph, weights: Weights) -> set[fx.Node]:
             plausible = False
         if plausible and any(arg in live for arg in node.all_input_nodes):
             live.add(node)
-    return live
+    reached = {graph.loss}
+    stack = [graph.loss]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in live and node not in reached:
+                reached.add(node)
+                stack.append(node)
+    return live & reached

@@ -12,6 +12,7 @@ from bpfx.losses import Assignment, Boundary, Feature, Given, Head, Predictor, T
 from bpfx.passes import downstream, programs, tail
 from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
 from bpfx.passes.lower import Block
+from bpfx.passes.precision import parameter_dtype
 
 _aten = torch.ops.aten
 _CHANNELS_LAST = {_aten.linear.default, _aten.layer_norm.default, _aten.rms_norm.default, _aten.embedding.default}
@@ -93,10 +94,16 @@ def attach_losses(
 
 
 def head_features(block: Block) -> list[fx.Node]:
-    """The fewest outputs of ``block`` that together depend on everything that trains in it; newest first."""
-    outputs = [n for n in block.outputs if n.name in block.differentiable]
+    """The fewest outputs of ``block`` that together depend on everything that trains in it; newest first.
+
+    What has no entry per sample is none of them: something made of weights alone, or of flattened samples.
+    """
     inside = set(block.nodes)
-    reach = {n: _weights_behind(n, inside) for n in outputs}
+    given = {n for n in block.inputs if isinstance(n.meta.get("val"), Tensor)}
+    behind = {n: _behind(n, inside) for n in block.outputs if n.name in block.differentiable}
+    sampled = [n for n, seen in behind.items() if seen & given]
+    outputs = [n for n in sampled if "batch_dim" in n.meta] or sampled or list(behind)
+    reach = {n: {a for a in behind[n] if a.op == "placeholder"} for n in outputs}
     everything = set().union(*reach.values()) if reach else set()
     chosen: list[fx.Node] = []
     covered: set[fx.Node] = set()
@@ -110,7 +117,8 @@ def head_features(block: Block) -> list[fx.Node]:
     return chosen
 
 
-def _weights_behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+def _behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
+    """What ``node`` depends on: nodes of its block, and what the block is given."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
@@ -119,7 +127,7 @@ def _weights_behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
                 seen.add(a)
                 if a in inside:
                     stack.append(a)
-    return {a for a in seen if a.op == "placeholder"}
+    return seen
 
 
 def entering(first: Block) -> list[fx.Node]:
@@ -196,7 +204,8 @@ def feature(graph: ModelGraph, node: fx.Node) -> Feature:
     channel = value.dim() - 1
     if value.dim() >= 4 or value.dim() == 3:
         channel = _channel_dim(node, value.dim())
-    return Feature(node.name, tuple(value.shape), batch, channel, value.dtype, value.device)
+    dtype = parameter_dtype(value.dtype, value.device)
+    return Feature(node.name, tuple(value.shape), batch, channel, dtype, value.device)
 
 
 def _channel_dim(node: fx.Node, dims: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bpfx.errors import BpfxWarning
+from bpfx.passes.precision import autocast_state, outside_autocast
 from bpfx.passes.programs import LocalGradient
 
 Shapes = tuple[Any, ...]
@@ -39,7 +40,7 @@ class JointGradient:
 
     def __call__(self, values: list[Any]) -> tuple[Any, ...] | None:
         """The program's result, or ``None`` where this call is not for the compiled program."""
-        shapes = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in values)
+        shapes = (autocast_state(), *(tuple(v.shape) if isinstance(v, Tensor) else v for v in values))
         if self.shapes is None:
             self.shapes = shapes
             self._build(values)
@@ -47,7 +48,7 @@ class JointGradient:
             return None
         arguments = (list(values), *self._tensors())
         values.clear()
-        with torch.no_grad():
+        with torch.no_grad(), outside_autocast():  # the casts are in the graph
             outputs, loss, found = self.run(*arguments)
         grads: dict[str, Tensor] = {}
         for name, grad in zip(self.gradient_names, found, strict=True):
@@ -70,7 +71,8 @@ class JointGradient:
             named = {n: t.requires_grad_() if n in wanted else t for n, t in named.items()}
             with program.weights.override(named), torch.enable_grad():
                 outputs, loss = program.losses(list(inputs))
-                found = torch.autograd.grad(loss, [named[n] for n in self.gradient_names], allow_unused=True)
+                with outside_autocast():
+                    found = torch.autograd.grad(loss, [named[n] for n in self.gradient_names], allow_unused=True)
             return [o.detach() if isinstance(o, Tensor) else o for o in outputs], loss.detach(), list(found)
 
         block = program.block

@@ -29,7 +29,7 @@ class Block:
         outputs: values that later blocks or the caller read; the last block's first output is the loss.
         differentiable: names of the inputs and outputs that carry a gradient in the whole model.
         weights: canonical names of the weights it reads, in the order of its code's last arguments.
-        trainable: those of them that train.
+        trainable: those of them that train, and that an output which carries a gradient depends on.
         mutated: buffers among them that a run changes.
         random: whether it may draw random numbers.
         opaque: module paths that run as themselves in it.
@@ -102,7 +102,7 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
                 outputs=outputs,
                 differentiable={n.name for n in (*inputs, *outputs) if n in live},
                 weights=names,
-                trainable=[n for n in names if weights[n].requires_grad],
+                trainable=_trainable(graph, weights, names, inside, [n for n in outputs if n in live]),
                 mutated=[n for n in names if n in mutated],
                 random=any(draws(n, graph.root) for n in inside),
                 opaque=[
@@ -116,6 +116,21 @@ def split(graph: ModelGraph, weights: Weights, cuts: Sequence[int], mutated: set
             )
         )
     return blocks
+
+
+def _trainable(
+    graph: ModelGraph, weights: Weights, names: list[str], inside: list[fx.Node], outputs: list[fx.Node]
+) -> list[str]:
+    """Those that train and that something differentiable which leaves the block depends on."""
+    within, reached, stack = set(inside), set(outputs), list(outputs)
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node not in reached:
+                reached.add(node)
+                if node in within:
+                    stack.append(node)
+    read = {graph.weight_of[n] for n in reached if n in graph.weight_of}
+    return [n for n in names if n in read and weights[n].requires_grad]
 
 
 def _code(

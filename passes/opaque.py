@@ -111,6 +111,47 @@ class Opaque(nn.Module):
         return self.call.path or "the whole model"
 
 
+class OutsideState(Exception):
+    """Another module changes what the one at ``path`` keeps from call to call, so it cannot run by itself."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path!r} keeps a tensor from call to call that another module resets")
+        self.path = path
+
+
+@contextmanager
+def own_state(modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Run the plain model at least twice inside.
+
+    Raises:
+        OutsideState: a tensor that one of ``modules`` holds as a plain attribute is another one at a call than after
+            the call before. In the plain model somebody else has put it there, and a graph does not do that.
+    """
+    left: dict[str, dict[tuple[int, str], Tensor]] = {}
+    found: list[str] = []
+    with ExitStack() as stack:
+        for path, module in modules.items():
+
+            def before(m: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+                now, then = _kept(m), left.get(path)
+                if then is not None and (now.keys() != then.keys() or any(now[k] is not then[k] for k in now)):
+                    found.append(path)
+
+            def after(m: nn.Module, args: tuple[Any, ...], output: Any, path: str = path) -> None:
+                left[path] = _kept(m)
+
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield
+    if found:
+        raise OutsideState(found[0])
+
+
+def _kept(module: nn.Module) -> dict[tuple[int, str], Tensor]:
+    """Tensors in plain attributes, which are neither parameters nor buffers."""
+    return {(i, k): v for i, m in enumerate(module.modules()) for k, v in m.__dict__.items() if isinstance(v, Tensor)}
+
+
 @contextmanager
 def recorded(modules: dict[str, nn.Module], calls: list[OpaqueCall]) -> Iterator[None]:
     """Run the plain model inside: note arguments and outputs of every call of ``modules`` in ``calls``, in order."""

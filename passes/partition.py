@@ -116,7 +116,8 @@ class Liveness:
     def candidates(self) -> list[CutPoint]:
         """Every position at which a cut is possible, in order."""
         count = len(self.nodes)
-        barred = _overlaps(barred_cuts(self.graph, self.order, self.mutated), [1] * count, count)
+        ranges = [*barred_cuts(self.graph, self.order, self.mutated), *self._out_of_reach()]
+        barred = _overlaps(ranges, [1] * len(ranges), count)
         lives = [(p, self.last_use[n]) for p, n in enumerate(self.nodes)]
         crossing = _overlaps(lives, self.sizes, count)
         odd = [n in self.live and not isinstance(n.meta.get("val"), Tensor) for n in self.nodes]
@@ -139,6 +140,23 @@ class Liveness:
             natural = self._natural(newest[-1], node, p)
             points.append(CutPoint(p, node.name, module, crossing[p], saved[p], natural))
         return points
+
+    def _out_of_reach(self) -> list[tuple[int, int]]:
+        """Ranges of positions, as of :func:`barred_cuts`, in front of which a weight is used that no head could reach.
+
+        A head reads values with an entry per sample. What a weight makes may have none for a while: something of its
+        own shape, or samples and tokens flattened into one dimension.
+        """
+        pending: dict[fx.Node, set[int]] = {}  # where the weights behind a value without samples are used
+        ranges: dict[int, int] = {}  # from such a use to the first value with samples that depends on it
+        for p, node in enumerate(self.nodes):
+            weighted = any(a in self.live and a in self.graph.weight_of for a in node.all_input_nodes)
+            uses = set().union([p] if weighted else [], *(pending.get(a, ()) for a in node.all_input_nodes))
+            if node in self.graph.batch_dims:
+                ranges = {**dict.fromkeys(uses, p), **ranges}
+            elif node in self.live:
+                pending[node] = uses
+        return list(ranges.items())
 
     def _natural(self, newest: fx.Node, node: fx.Node, position: int) -> bool:
         if self.leaf[position] is not None and self.leaf[position] == self.leaf[position + 1]:
@@ -228,13 +246,14 @@ def by_name(liveness: Liveness, points: list[CutPoint], names: list[str]) -> lis
         position = next(i for i, stack in enumerate(paths) if name in stack) - 1
         if position < 0:
             continue
-        # Bookkeeping nodes (a shape, a step counter) may stand between the last module's output and this one.
-        while position not in possible and position > 0 and not liveness.trains[position]:
+        # Bookkeeping nodes (a shape, a step counter) may stand between the last module's output and this one; not what
+        # carries a gradient, or the cut would be inside another module.
+        while position not in possible and position > 0 and liveness.nodes[position] not in liveness.live:
             position -= 1
         if position not in possible:
             raise BpfxError(
                 f"blocks: the graph cannot be cut in front of {name!r}: nothing that trains stands before it, "
-                "or memory is overwritten across that place"
+                "memory is overwritten across that place, or no head could reach what trains right before it"
             )
         cuts.append(position)
     return sorted(set(cuts))

@@ -19,6 +19,7 @@ from bpfx.losses import Given, Head, Weighted
 from bpfx.passes.graph import HEADS, Weights
 from bpfx.passes.lower import Block
 from bpfx.passes.ownership import owned
+from bpfx.passes.precision import outside_autocast, uncached
 from bpfx.passes.rng import RngState, get_rng_state, set_rng_state
 from bpfx.passes.tail import SubProgram
 
@@ -96,7 +97,8 @@ class BoundaryLoss(nn.Module):
         # The draws of a head must not shift those of the blocks.
         state = get_rng_state() if self.random else ()
         swapped = self.weights.overridden(f"{HEADS}{self.block}.")
-        loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else call(given)
+        with uncached():
+            loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else call(given)
         set_rng_state(state)
         return loss if self.weight == 1.0 else loss * self.weight
 
@@ -130,7 +132,9 @@ class BlockProgram(nn.Module):
             tensors = [t.detach() for t in tensors]
         if block.overwrites:
             values = [v.clone() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
-        return block.code(*values, *tensors)
+        with uncached():
+            result: tuple[Any, ...] = block.code(*values, *tensors)
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.block.name}, {len(self.block.trainable)} parameters train"
@@ -217,15 +221,21 @@ class LocalGradient(BlockProgram):
             sink: takes every gradient as soon as it is complete; the dictionary stays empty then.
         """
         if self.joint is not None and (result := self.joint(values)) is not None:
-            *results, grads = result
+            *results, ready = result
             if sink is not None:
-                for name in list(grads):
-                    sink(name, grads.pop(name))
-            return (*results, grads)
+                for name in list(ready):
+                    sink(name, ready.pop(name))
+            return (*results, ready)
         with torch.enable_grad():
             outputs, loss = self.losses(values)
             names, tensors = self.gradient_inputs()
-            _, grads = differentiate([loss], None, names, tensors, [], sink)
+            scale = self.weights.loss_scale
+            grads: Grads = {}
+            if loss.requires_grad:  # not where nothing that trains reaches the loss
+                _, grads = differentiate([loss], _times(loss, scale), names, tensors, [], sink, scale)
+        # What carries no gradient in the whole model is no place of a stop-gradient, and takes no graph along.
+        given = set(self.given)
+        outputs = tuple(o if i in given else _detached(o) for i, o in enumerate(outputs))
         return (*outputs, loss.detach(), grads)
 
     def gradient_inputs(self) -> tuple[list[str], list[Tensor]]:
@@ -262,8 +272,10 @@ class LossGradient(BlockProgram):
         with torch.enable_grad():
             outputs = self.evaluate(leaves)
             del leaves
-            scale = None if share == 1.0 else [torch.full_like(outputs[0], share)]
-            found, grads = differentiate([outputs[0]], scale, names, [self.weights[n] for n in names], wanted, sink)
+            weights, scale = [self.weights[n] for n in names], self.weights.loss_scale
+            # The cotangents stay scaled, down to the first block.
+            given = _times(outputs[0], share * scale)
+            found, grads = differentiate([outputs[0]], given, names, weights, wanted, sink, scale)
         return [_detached(o) for o in outputs], found, grads
 
 
@@ -310,7 +322,8 @@ class VectorJacobian(BlockProgram):
             if not pairs:
                 return [None] * len(wanted), {}
             weights = [self.weights[n] for n in names]
-            return differentiate([o for o, _ in pairs], [c for _, c in pairs], names, weights, wanted, sink)
+            ends, given, scale = [o for o, _ in pairs], [c for _, c in pairs], self.weights.loss_scale
+            return differentiate(ends, given, names, weights, wanted, sink, scale)
 
 
 def differentiate(
@@ -320,6 +333,7 @@ def differentiate(
     weights: Sequence[Tensor],
     leaves: Sequence[Tensor],
     sink: Sink | None,
+    scale: float = 1.0,
 ) -> tuple[list[Tensor | None], Grads]:
     """Gradients of ``leaves``, and of ``weights`` by name (left out where there is none).
 
@@ -327,20 +341,23 @@ def differentiate(
         outputs: tensors or gradient edges.
         sink: takes the gradient of every weight as soon as it is complete, so that no second set of them exists beside
             one that they are added to.
+        scale: of the loss behind ``cotangents``; the gradients of weights are divided by it.
     """
     if not weights and not leaves:
         return [], {}
     if sink is None:
-        found = torch.autograd.grad(outputs, [*weights, *leaves], cotangents, allow_unused=True)
-        grads = {n: g for n, g in zip(names, found, strict=False) if g is not None}
+        with outside_autocast():
+            found = torch.autograd.grad(outputs, [*weights, *leaves], cotangents, allow_unused=True)
+        grads = {n: g if scale == 1.0 else g / scale for n, g in zip(names, found, strict=False) if g is not None}
         return list(found[len(names) :]), grads
     before = [w.grad for w in weights]
     handles = []
     for name, weight in zip(names, weights, strict=True):
         weight.grad = None
-        handles.append(weight.register_post_accumulate_grad_hook(partial(_hand_on, sink, name)))
+        handles.append(weight.register_post_accumulate_grad_hook(partial(_hand_on, sink, name, scale)))
     try:
-        torch.autograd.backward(outputs, cotangents, inputs=[*weights, *leaves])
+        with outside_autocast():
+            torch.autograd.backward(outputs, cotangents, inputs=[*weights, *leaves])
     finally:
         for handle, weight, grad in zip(handles, weights, before, strict=True):
             handle.remove()
@@ -348,10 +365,15 @@ def differentiate(
     return [leaf.grad for leaf in leaves], {}
 
 
-def _hand_on(sink: Sink, name: str, weight: Tensor) -> None:
+def _hand_on(sink: Sink, name: str, scale: float, weight: Tensor) -> None:
     grad, weight.grad = weight.grad, None
     assert grad is not None
-    sink(name, owned(grad))
+    sink(name, owned(grad) if scale == 1.0 else grad / scale)
+
+
+def _times(loss: Tensor, factor: float) -> list[Tensor] | None:
+    """The cotangent of ``factor * loss``."""
+    return None if factor == 1.0 else [torch.full_like(loss, factor)]
 
 
 def _detached(value: Any) -> Any:

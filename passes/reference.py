@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 import sys
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from bpfx.errors import BpfxError
 from bpfx.passes import adapters
 from bpfx.passes.graph import Weights, module_name
+from bpfx.passes.precision import outside_autocast, uncached
 from bpfx.passes.rng import preserve, preserved
 
 SEED = 20250424
@@ -66,28 +70,33 @@ def run_reference(program: nn.Module, weights: Weights, tensors: Sequence[Tensor
     before = {name: (weights[name].detach().clone(), weights[name]._version) for name in weights.buffer_names}
     given = [t.clone() for t in tensors]  # a model may write into its input
     with preserve(weights), preserved(seed), adapters.non_reentrant_checkpoint(), torch.enable_grad():
-        with watch.watching():
+        with watch.watching(), uncached():
             loss, *_ = program(*given)
         if not loss.requires_grad:
             raise BpfxError("the loss does not depend on any trainable parameter (is the model under no_grad?)")
-        _check_leaves(loss, [*(weights[n] for n in weights.parameter_names), *given])
+        foreign = _foreign_leaves(loss, [*(weights[n] for n in weights.parameter_names), *given])
         # Before the backward: a checkpointed region that updates its BatchNorm again when it recomputes counts once.
         buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
         versions = {name: weights[name]._version for name in weights.buffer_names}
-        found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
+        with outside_autocast():
+            found = torch.autograd.grad(loss, [weights[n] for n in trainable], allow_unused=True)
     # A buffer may be written without changing on this batch, and BatchNorm's kernels do not count their writes.
     mutated = {n for n, (b, v) in before.items() if versions[n] != v or not torch.equal(b, buffers[n])}
     grads: dict[str, Tensor | None] = dict(zip(trainable, found, strict=True))
     sparse = [name for name, grad in grads.items() if grad is not None and grad.is_sparse]
     if sparse:
         raise BpfxError(f"{sparse[0]!r} gets a sparse gradient; build its layer with sparse=False")
-    return Reference(tensors, loss.detach(), grads, buffers, mutated, watch.suspects, watch.checkpoints)
+    loss = loss.detach()
+    del _
+    _check_leaves(foreign)
+    return Reference(tensors, loss, grads, buffers, mutated, watch.suspects, watch.checkpoints)
 
 
-def _check_leaves(loss: Tensor, known: Sequence[Tensor]) -> None:
-    """Raise when the loss trains a tensor that belongs to no module we see: it would silently stay as it is."""
+def _foreign_leaves(loss: Tensor, known: Sequence[Tensor]) -> list[weakref.ref[Tensor]]:
+    """The tensors that the loss trains and that belong to no module we see."""
     ids = {id(t) for t in known}
     seen: set[Any] = set()
+    found = []
     stack = [loss.grad_fn]
     while stack:
         node = stack.pop()
@@ -97,6 +106,16 @@ def _check_leaves(loss: Tensor, known: Sequence[Tensor]) -> None:
         stack.extend(following for following, _ in node.next_functions)
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor) and id(variable) not in ids:
+            found.append(weakref.ref(variable))
+    return found
+
+
+def _check_leaves(leaves: Sequence[weakref.ref[Tensor]]) -> None:
+    """Raise when one of them has outlived its step, so that it is to be trained: it would silently stay as it is."""
+    if any(leaf() is not None for leaf in leaves):
+        gc.collect()
+    for leaf in leaves:
+        if (variable := leaf()) is not None:
             raise BpfxError(
                 f"the loss trains a tensor of shape {tuple(variable.shape)} that belongs neither to the model nor to "
                 "loss_fn as a module; pass the nn.Module that holds it as loss_fn, or register it in the model"
@@ -120,13 +139,16 @@ class _Watch:
         function_apply = torch.autograd.Function.__dict__["apply"]
         generator = checkpoint_module._checkpoint_without_reentrant_generator
         module = nn.modules.module
+        here = threading.get_ident()
 
         def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-            self.suspects.setdefault(self.here(), f"custom autograd.Function {cls.__name__}")
+            if threading.get_ident() == here:  # another thread's are none of this model's
+                self.suspects.setdefault(self.here(), f"custom autograd.Function {cls.__name__}")
             return function_apply.__get__(None, cls)(*args, **kwargs)
 
         def checkpointed(*args: Any, **kwargs: Any) -> Any:
-            self.checkpoints.setdefault(self.here(), "torch.utils.checkpoint inside")
+            if threading.get_ident() == here:
+                self.checkpoints.setdefault(self.here(), "torch.utils.checkpoint inside")
             return generator(*args, **kwargs)
 
         handles = [

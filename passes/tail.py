@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from bpfx.passes.alias import analyse
 from bpfx.passes.graph import (
     OUTSIDE_LOSS,
     ModelGraph,
@@ -58,10 +59,13 @@ def find_predictions(graph: ModelGraph, weights: Weights, targets: Sequence[int]
     upstream = ancestors(graph.loss)
     if targets is not None:
         given = {graph.inputs[i] for i in targets}
-        found = [n for n in graph.outputs if isinstance(n, fx.Node) and n in live and n in upstream and n != graph.loss]
+        outputs = {n for n in graph.outputs if isinstance(n, fx.Node) and n in live and n != graph.loss}
+        read = _read_first(graph.loss, outputs)
+        found = [n for n in graph.outputs if n in read]
         # A loss that hands its input on (mse_loss broadcasts) may stand between the model and what it returned.
         if not any(ancestors(n) & given for n in found):
             return list(dict.fromkeys(found))
+    upstream.add(graph.loss)  # the loss may be one operator, such as a cross-entropy
     own = {n for n, name in graph.weight_of.items() if not name.startswith((OUTSIDE_LOSS, "constant."))}
     suffix: set[fx.Node] = set()
     for node in reversed(graph.graph.nodes):
@@ -75,6 +79,24 @@ def find_predictions(graph: ModelGraph, weights: Weights, targets: Sequence[int]
         for n in graph.graph.nodes
         if n in live and n not in suffix and n.op != "placeholder" and any(u in suffix for u in n.users)
     ]
+
+
+def _read_first(loss: fx.Node, outputs: set[fx.Node]) -> set[fx.Node]:
+    """Those of the model's outputs that the loss reads itself, and not only through another output.
+
+    Features that a model returns beside the logits it makes of them are no predictions.
+    """
+    read: set[fx.Node] = set()
+    seen = {loss}
+    stack = [loss]
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in outputs:
+                read.add(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return read
 
 
 def loss_program(graph: ModelGraph, predictions: Sequence[fx.Node]) -> SubProgram | None:
@@ -133,6 +155,9 @@ def _before_norm(
 ) -> fx.Node:
     """Step back over a final normalisation or dropout: a head on an unfinished stream needs them as well."""
     while True:
+        source = start.args[0] if start.target is _aten.slice.Tensor else None
+        if isinstance(source, fx.Node) and source in order and _signature(source) == _signature(start):
+            start = source  # x[:, 0] begins with x[:]
         path = module_path(start)
         inside = [n for n in order if module_path(n) == path]
         vectors = all(
@@ -169,6 +194,7 @@ def extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], dr
     random = any(draws(n, graph.root) for n in wanted if n.target not in _DROPOUT or not drop)
     if drop and random:
         return None
+    aliases = analyse(graph.graph)
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {s: new.placeholder(s.name) for s in starts}
     inputs = [i for i, n in enumerate(graph.inputs) if n in wanted]
@@ -176,9 +202,14 @@ def extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], dr
         given = graph.inputs[i]
         assert given is not None
         env[given] = new.placeholder(given.name)
+    given_values = list(env)
     names = [n for n in graph.graph.nodes if n in wanted and n in graph.weight_of]
     for node in names:
         env[node] = new.placeholder(node.name)
+    for entry in given_values:
+        # The features go on to the next block, and the inputs are the caller's.
+        if any(m.node in wanted for m in aliases.mutations.get(aliases.root[entry], ())):
+            env[entry] = new.call_function(_aten.clone.default, (env[entry],))
     for node in graph.graph.nodes:
         if node not in wanted or node in env:
             continue

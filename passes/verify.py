@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bpfx.passes.graph import ModelGraph, Weights
+from bpfx.passes.precision import outside_autocast, uncached
 from bpfx.passes.reference import SEED, Reference
 from bpfx.passes.rng import preserve, preserved
 
@@ -33,10 +34,12 @@ def verify(graph: ModelGraph, weights: Weights, reference: Reference, tensors: S
         if node.op == "placeholder":
             values.append(weights[graph.weight_of[node]] if node in graph.weight_of else next(queue).clone())
     with preserve(weights), preserved(SEED), torch.enable_grad():
-        loss, *_ = gm(*values)
+        with uncached():
+            loss, *_ = gm(*values)
         if not loss.requires_grad:
             return Mismatch("the captured loss carries no gradient")
-        found = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
+        with outside_autocast():
+            found = torch.autograd.grad(loss, [weights[n] for n in names], allow_unused=True)
         buffers = {name: weights[name].detach().clone() for name in weights.buffer_names}
     if not close(loss.detach(), reference.loss):
         return Mismatch(f"loss {float(loss):.6g} instead of {float(reference.loss):.6g}")

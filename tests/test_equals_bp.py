@@ -351,3 +351,30 @@ def test_training_learns() -> None:
         optimizer.step()
         losses.append(loss.detach())
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
+def test_keywords_come_in_any_order() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, more: dict[str, Tensor], labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.last(self.first(x + more["a"] - more["b"]).relu()), labels)
+
+    x, a, b, labels = *(torch.randn(5, 4) for _ in range(3)), torch.randint(0, 3, (5,))
+    model = Net()
+    step = bpfx.convert(model, None, {"x": x, "more": {"a": a, "b": b}, "labels": labels}, blocks=2, offset=None)
+    assert torch.equal(step(labels=labels, more={"b": b, "a": a}, x=x), model(x, {"a": a, "b": b}, labels))
+    with pytest.raises(bpfx.BpfxError, match="built otherwise"):
+        step(labels=labels, more={"b": b}, x=x)
+
+
+def test_a_model_that_returns_one_operator_as_its_loss_has_heads() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(super().forward(x), y)
+
+    batch = {"x": torch.randn(5, 4), "y": torch.randint(0, 3, (5,))}
+    step = bpfx.convert(Net(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), None, batch, blocks=2, offset=None)
+    assert len(step.plan.blocks) == 2 and step.plan.blocks[0].head is not None

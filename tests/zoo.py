@@ -110,6 +110,35 @@ def vision(name: str, side: int = 64, **options: Any) -> Callable[[int], Case]:
     return build
 
 
+def shrunk(build: Callable[[Any], nn.Module]) -> Callable[[int], Case]:
+    """A real architecture of torchvision's with few and narrow layers: the whole ones are in benchmarks/coverage.py."""
+
+    def make(size: int) -> Case:
+        import torchvision
+
+        return images(build(torchvision.models), size)
+
+    return make
+
+
+def _bottlenecks(models: Any) -> nn.Module:
+    return models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=5, width_per_group=16)
+
+
+def _densenet(models: Any) -> nn.Module:
+    return models.DenseNet(8, (4, 2, 2, 2), 16, drop_rate=0.1, num_classes=5)
+
+
+def _swin(models: Any) -> nn.Module:
+    return models.SwinTransformer([4, 4], 16, [2, 1, 1, 1], [2, 2, 2, 2], [7, 7], num_classes=5)
+
+
+def _convnext(models: Any) -> nn.Module:
+    block = models.convnext.CNBlockConfig
+    stages = [block(16, 32, 1), block(32, 48, 1), block(48, 64, 2), block(64, None, 1)]
+    return models.ConvNeXt(stages, stochastic_depth_prob=0.1, num_classes=5)
+
+
 def timm_vision(name: str, side: int, **options: Any) -> Callable[[int], Case]:
     """A timm classifier, by name."""
 
@@ -256,7 +285,10 @@ def _first(output: Any, y: Tensor) -> Tensor:
 
 
 def _tuple_out(size: int) -> Case:
-    return outside(hard.TupleOut(), _noise(size, hard.WIDTH), _ints(5, size), _first)
+    case = outside(hard.TupleOut(), _noise(size, hard.WIDTH), _ints(5, size), _first)
+    # A head predicts what the loss reads: the scores.
+    case.task_loss = lambda prediction, batch: F.cross_entropy(prediction, batch[1])
+    return case
 
 
 def _two_inputs(size: int) -> tuple[Tensor, Tensor]:
@@ -285,14 +317,12 @@ VIT_B = vision("vit_b_16", side=32, image_size=32, dropout=0.1)
 ENTRIES: list[Entry] = [
     # torchvision and timm
     Entry("resnet18", vision("resnet18"), RESNET, size=4),
-    Entry("resnet50", vision("resnet50"), RESNET, size=4),
+    Entry("resnet_bottleneck", shrunk(_bottlenecks), RESNET, size=4),
     Entry("vit_b_16", VIT_B, VIT, dtype=torch.float32),
-    Entry("convnext_tiny", vision("convnext_tiny"), ("features.2", "features.4", "features.6")),
+    Entry("convnext", shrunk(_convnext), ("features.2", "features.4", "features.6")),
     Entry("mobilenet_v3_small", vision("mobilenet_v3_small"), ("features.4", "features.8"), size=4),
-    Entry(
-        "densenet121", vision("densenet121", drop_rate=0.1), tuple(f"features.denseblock{i}" for i in (2, 3, 4)), size=4
-    ),
-    Entry("swin_t", vision("swin_t"), ("features.2", "features.4", "features.6")),
+    Entry("densenet", shrunk(_densenet), tuple(f"features.denseblock{i}" for i in (2, 3, 4)), size=4),
+    Entry("swin", shrunk(_swin), ("features.2", "features.4", "features.6")),
     Entry(
         "timm_vit",
         timm_vision("vit_tiny_patch16_224", 32, img_size=32, depth=4, proj_drop_rate=0.1, drop_path_rate=0.2),
@@ -309,7 +339,10 @@ ENTRIES: list[Entry] = [
     Entry("t5", t5, ("encoder.block.1", "decoder.block.1"), tags=tags("tied")),
     # PEFT
     Entry(
-        "resnet50_lora", adapted(vision("resnet50"), "LoraConfig", target_modules=CONVS, **LORA), inside(RESNET), size=4
+        "resnet_bottleneck_lora",
+        adapted(shrunk(_bottlenecks), "LoraConfig", target_modules=CONVS, **LORA),
+        inside(RESNET),
+        size=4,
     ),
     Entry(
         "resnet50_lokr", adapted(vision("resnet50"), "LoKrConfig", target_modules=CONVS, r=2), inside(RESNET), size=4
@@ -321,10 +354,9 @@ ENTRIES: list[Entry] = [
         dtype=torch.float32,
     ),
     Entry(
-        "vit_b_16_lokr",
-        adapted(VIT_B, "LoKrConfig", target_modules=r".*mlp\.[03]", r=2),
-        inside(VIT),
-        dtype=torch.float32,
+        "vit_lokr",
+        adapted(_attention_adapters, "LoKrConfig", target_modules=r".*mlp\.[03]", r=2),
+        inside(VIT_CUTS := ("encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_2")),
     ),
     Entry("llama_lora", adapted(llama, "LoraConfig", target_modules=["q_proj", "v_proj"], **LORA), inside(LLAMA)),
     Entry("llama_lokr", adapted(llama, "LoKrConfig", target_modules=["q_proj", "v_proj"], r=2), inside(LLAMA)),
@@ -346,7 +378,7 @@ ENTRIES: list[Entry] = [
     Entry(
         "vit_attention_lora",
         adapted(_attention_adapters, "LoraConfig", target_modules=["self_attention"], **LORA),
-        inside(VIT_CUTS := ("encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_2")),
+        inside(VIT_CUTS),
         tags=HARD,
     ),
     Entry(

@@ -9,15 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import bpfx
-from bpfx import data
+from bpfx import checkpoint, data
 from bpfx._config import build, example_batch, prepare
-from bpfx._runs import Interrupted, Stop, replace
+from bpfx._runs import Interrupted, Stop
 from bpfx.compare import plots, report, runs
 from bpfx.compare.methods import Case
 from bpfx.compare.record import Record
@@ -236,7 +235,7 @@ class _Session:
 
     def _keep(self, job: _Job, state: dict[str, Any]) -> None:
         content = {"job": dataclasses.asdict(job), "state": state}
-        replace(self.folder / _CURRENT, lambda path: torch.save(content, path))
+        checkpoint.save(content, self.folder / _CURRENT)
 
     def _state(self, job: _Job) -> dict[str, Any] | None:
         """What this run was stopped with."""
@@ -244,11 +243,11 @@ class _Session:
         if not path.exists():
             return None
         try:
-            content = torch.load(path, map_location=self.settings.config.device, weights_only=True)
-        except Exception as error:  # whatever a damaged file makes the unpickler raise
-            self.console.print(f"{path} cannot be read ({type(error).__name__}); the run begins again", soft_wrap=True)
+            content = checkpoint.load(path, self.settings.config.device)
+            state: dict[str, Any] | None = content["state"] if content["job"] == dataclasses.asdict(job) else None
+        except (BpfxError, LookupError, TypeError):
+            self.console.print(f"{path} cannot be read; the run begins again", soft_wrap=True)
             return None
-        state: dict[str, Any] | None = content["state"] if content["job"] == dataclasses.asdict(job) else None
         return state
 
     # --- what is seen -------------------------------------------------------------------------------------------------

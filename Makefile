@@ -14,7 +14,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.bpfx-installed
 TYPES  := build/types
 
-.PHONY: demo test install lint types format pytest clean
+.PHONY: demo test install lint types format pytest docs clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -53,6 +53,9 @@ types: install
 # One thread per worker: two workers with two OpenMP threads each would fight over two cores.
 pytest: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -83,7 +83,8 @@ def test_code_runs_and_prints_what_the_page_shows(example: Example) -> None:
 def test_pages_with_code_have_runnable_blocks() -> None:
     """Without this a changed fence would switch the tests above off unnoticed."""
     pages = {example.page for example in EXAMPLES}
-    names = ("how-it-works", "offset", "choosing", "logging", "capture", "checkpoints", "trainer", "memory")
+    names = ["how-it-works", "offset", "choosing", "logging", "capture", "checkpoints", "trainer", "memory"]
+    names += ["index", "concepts", "torch-compile", "precision"]
     own = ("README.md", *(f"docs/{name}.md" for name in names))
     assert pages >= set(own)
     assert sum(example.output is not None for example in EXAMPLES) >= 6

@@ -88,7 +88,7 @@ PARTS = {
     "gpt2": ["transformer.h.1", "transformer.h.2", "readout"],
     "bert": ["bert.encoder.layer.1", "bert.encoder.layer.2", "bert.pooler.dense", "readout"],
     "in_place": ["blocks.1.conv", "blocks.2.conv", "readout"],
-    "tuple_output": ["blocks.1.body", "readout"],  # the end of the second block is an output
+    "tuple_output": ["blocks.1.body", "blocks.2.body", "readout"],
 }
 
 

@@ -199,13 +199,12 @@ def checkpointed(model: nn.Module, units: Iterable[str]) -> nn.Module:
 def precision(bf16: bool, device: str) -> contextlib.AbstractContextManager[Any]:
     """The context of conversion, steps and evaluation: autocast to bfloat16, or nothing.
 
-    The conversion bakes casts into its programs, so every later step has to run under the same autocast. Autocast's
-    cache stays off: it keeps the cast weights of all blocks alive for a whole step, and `blocks="auto"`, which predicts
-    the memory of many cuts in a row, can fail on weights that are left in it.
+    A step can be called under another autocast than that of its conversion; the plan's peaks, and with them
+    ``blocks="auto"``, are predicted for the conversion's.
     """
     if not bf16:
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16, cache_enabled=False)
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -363,7 +362,7 @@ def save(model: nn.Module, arguments: argparse.Namespace, records: list[dict[str
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapters")  # type: ignore[operator]
         plain = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    torch.save({name: value.cpu() for name, value in plain.state_dict().items()}, folder / "model.pt")
+    bpfx.checkpoint.save({name: value.cpu() for name, value in plain.state_dict().items()}, folder / "model.pt")
     versions = {name: importlib.metadata.version(name) for name in ("bpfx", "torch", "torchvision")}
     content = {"settings": vars(arguments), "versions": versions, "epochs": records}
     (folder / "run.json").write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")

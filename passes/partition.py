@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from bpfx.errors import BpfxError, suggest
 from bpfx.passes.graph import ModelGraph, Weights, differentiable_nodes, module_paths, tensor_bytes
 from bpfx.passes.normalise import barred_cuts
+from bpfx.passes.readable import pointwise, unreadable
 from bpfx.passes.tail import last_linear
 
 # A dozen per layer of an 80-layer transformer. The program's time grows with the square, so beyond that it is thinned.
@@ -32,7 +33,6 @@ HEAD_VALUES = 3
 # As in the heads pass: a matrix above this and above the block's own weights is read, not copied.
 HEAD_COPY = 2**20
 _aten = torch.ops.aten
-_NORMS = {"batch_norm", "group_norm", "instance_norm", "dropout", "alpha_dropout", "feature_dropout", "hardtanh"}
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ class Liveness:
     def candidates(self) -> list[CutPoint]:
         """Every position at which a cut is possible, in order."""
         count = len(self.nodes)
-        ranges = [*barred_cuts(self.graph, self.order, self.mutated), *self._out_of_reach()]
+        ranges = [*barred_cuts(self.graph, self.order, self.mutated), *unreadable(self.graph, self.nodes, self.live)]
         barred = _overlaps(ranges, [1] * len(ranges), count)
         lives = [(p, self.last_use[n]) for p, n in enumerate(self.nodes)]
         crossing = _overlaps(lives, self.sizes, count)
@@ -141,28 +141,11 @@ class Liveness:
             points.append(CutPoint(p, node.name, module, crossing[p], saved[p], natural))
         return points
 
-    def _out_of_reach(self) -> list[tuple[int, int]]:
-        """Ranges of positions, as of :func:`barred_cuts`, in front of which a weight is used that no head could reach.
-
-        A head reads values with an entry per sample. What a weight makes may have none for a while: something of its
-        own shape, or samples and tokens flattened into one dimension.
-        """
-        pending: dict[fx.Node, set[int]] = {}  # where the weights behind a value without samples are used
-        ranges: dict[int, int] = {}  # from such a use to the first value with samples that depends on it
-        for p, node in enumerate(self.nodes):
-            weighted = any(a in self.live and a in self.graph.weight_of for a in node.all_input_nodes)
-            uses = set().union([p] if weighted else [], *(pending.get(a, ()) for a in node.all_input_nodes))
-            if node in self.graph.batch_dims:
-                ranges = {**dict.fromkeys(uses, p), **ranges}
-            elif node in self.live:
-                pending[node] = uses
-        return list(ranges.items())
-
     def _natural(self, newest: fx.Node, node: fx.Node, position: int) -> bool:
         if self.leaf[position] is not None and self.leaf[position] == self.leaf[position + 1]:
             return False  # in the middle of a norm or an activation
         readers = [u for u in newest.users if self.order.get(u, -1) > position]
-        if len(readers) == 1 and (_pointwise(readers[0]) or readers[0].target in (_aten.t.default,)):
+        if len(readers) == 1 and (pointwise(readers[0]) or readers[0].target in (_aten.t.default,)):
             return False
         # Cut right behind the value that crosses, not behind an unrelated node after it.
         return newest is node
@@ -176,13 +159,6 @@ def _overlaps(ranges: Sequence[tuple[int, int]], weights: Sequence[int], count: 
             change[first] += weight
             change[min(last, count)] -= weight
     return list(accumulate(change))[:count]
-
-
-def _pointwise(node: fx.Node) -> bool:
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
-        return False
-    return op.overloadpacket.__name__.rstrip("_") in _NORMS or torch.Tag.pointwise in op.tags
 
 
 Peak = Callable[[list[int]], float]

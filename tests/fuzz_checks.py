@@ -32,6 +32,7 @@ from oracles import (
     seed_all,
 )
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 import bpfx
@@ -149,7 +150,8 @@ def _carrying(recipe: Recipe, model: Net, fed: dict[str, Tensor], y: Tensor) -> 
     before = []
     for segment in model.segments:
         values = _usable(values)
-        before.append({n: v for n, v in values.items() if v.requires_grad})
+        # The place in the autograd graph, not the tensor: it may be overwritten later.
+        before.append({n: get_gradient_edge(v) for n, v in values.items() if v.requires_grad})
         values = segment(values)
     loss = fuzz_model.task_loss(recipe, model.finish(values), y)
     found = []

@@ -144,7 +144,7 @@ class Branch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.rand(()) + 0.75)  # of its own: equal values could not be told apart
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight if float(x.detach().sum()) > 0 else x * self.weight * 0.5
@@ -155,7 +155,7 @@ class Scale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(1.25))
+        self.weight = nn.Parameter(torch.rand(()) + 0.75)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight

@@ -133,6 +133,23 @@ class FlatTokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class MaskedAttention(nn.Module):
+    """Attention written out, its scores masked with infinity (prophetnet in transformers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype).triu(1)
+        for layer in self.qkv:
+            q, k, v = layer(x).chunk(3, -1)
+            scores = q @ k.mT + mask
+            x = x + scores.softmax(-1, dtype=torch.float64).type_as(scores) @ v
+        return self.head(x.mean(1))
+
+
 def case(model: nn.Module, x: Any) -> zoo.Case:
     model = model.double()
     batch = (x, torch.randint(0, 3, (6,)))
@@ -156,6 +173,7 @@ MODELS: dict[str, Model] = {
     "weights derived before they are used": (DerivedEarly, (6, WIDTH), ["second", "third"]),
     "derived weights used in several blocks": (DerivedTwice, (6, WIDTH), ["second", "third"]),
     "samples and tokens in one dimension": (FlatTokens, (6, 4, WIDTH), ["kernels.2"]),
+    "scores masked with infinity": (MaskedAttention, (6, 4, WIDTH), ["qkv.1", "qkv.2"]),
     "a leaf made on the way": (Dummy, (6, WIDTH), ["head"]),
     "a state that the caller resets": (recurrent, (6, WIDTH), ["1", "2"]),
     "group norm of channels-last memory": (NormedLayout, (6, 3, 6, 6), ["norm"]),
@@ -194,3 +212,16 @@ def test_no_cut_where_no_head_could_reach_a_weight() -> None:
     given = case(FlatTokens(), torch.randn(6, 4, WIDTH, dtype=torch.float64))
     with pytest.raises(bpfx.BpfxError, match="in front of 'layers.2'.* no head could reach"):
         convert(given, blocks=["layers.2"])
+
+
+def test_no_cut_between_scores_and_their_softmax() -> None:
+    given = case(MaskedAttention(), torch.randn(6, 4, WIDTH, dtype=torch.float64))
+    seen: list[str] = []
+
+    def first(points: list[Any]) -> list[Any]:
+        seen.extend(point.after for point in points)
+        return points[:1]
+
+    convert(given, blocks=first)
+    assert "linear" in seen
+    assert not {"matmul", "add"} & set(seen)  # the scores, and their mask added

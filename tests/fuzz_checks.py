@@ -32,7 +32,6 @@ from oracles import (
     seed_all,
 )
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 import bpfx
@@ -145,19 +144,23 @@ def _prediction(shape: tuple[int, ...], predictions: Sequence[Tensor]) -> Tensor
 
 
 def _carrying(recipe: Recipe, model: Net, fed: dict[str, Tensor], y: Tensor) -> list[set[str]]:
-    """At the start of every segment, the values that carry a gradient in plain BP."""
+    """At the start of every segment, the values that a gradient comes to in plain BP."""
+    found: list[set[str]] = []
+
+    def note(names: set[str], name: str, grads: tuple[Tensor | None, ...]) -> None:
+        if any(g is not None for g in grads):
+            names.add(name)
+
     values = model.start(**fed)
-    before = []
     for segment in model.segments:
         values = _usable(values)
-        # The place in the autograd graph, not the tensor: it may be overwritten later.
-        before.append({n: get_gradient_edge(v) for n, v in values.items() if v.requires_grad})
+        found.append(set())
+        for name, value in values.items():
+            # At the place in the autograd graph, not at the tensor: it may be overwritten later.
+            if value.grad_fn is not None:
+                value.grad_fn.register_prehook(partial(note, found[-1], name))
         values = segment(values)
-    loss = fuzz_model.task_loss(recipe, model.finish(values), y)
-    found = []
-    for given in before:
-        grads = torch.autograd.grad(loss, list(given.values()), allow_unused=True, retain_graph=True) if given else ()
-        found.append({n for n, g in zip(given, grads, strict=True) if g is not None})
+    fuzz_model.task_loss(recipe, model.finish(values), y).backward()
     return found
 
 

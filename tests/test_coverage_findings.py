@@ -150,6 +150,23 @@ class MaskedAttention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Translator(nn.Module):
+    """Two sequences of different lengths cross a boundary, and only a head that reads both trains all (moonshine)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.decoder = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.wide, self.head = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, 3)  # no block's output fits the head
+
+    def forward(self, x: Tensor) -> Tensor:
+        source, own = x.split((x.shape[1] - 3, 3), 1)
+        for read, write in zip(self.decoder, self.encoder, strict=True):
+            own = own + (read(own) @ source.mT).softmax(-1) @ source
+            source = write(source).tanh()
+        return self.head(self.wide(own + source.mean(1, keepdim=True)).relu())
+
+
 def case(model: nn.Module, x: Any) -> zoo.Case:
     model = model.double()
     batch = (x, torch.randint(0, 3, (6,)))
@@ -187,6 +204,25 @@ def test_converts_with_equal_gradients_and_runs_local_steps(name: str) -> None:
     for blocks in (cuts, len(cuts) + 1):
         given = case(build(), torch.randn(shape, dtype=torch.float64))
         step = convert(given, blocks=blocks)
+        check_bp(step, given)
+        check_local(step, given)
+
+
+def per_token(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, 1), y.flatten())
+
+
+def test_sequences_of_two_lengths_cross_a_boundary() -> None:
+    """One head reads both; batches of another length follow without a new example."""
+    torch.manual_seed(0)
+    model = Translator().double()
+    batch = (torch.randn(6, 8, WIDTH, dtype=torch.float64), torch.randint(0, 3, (6, 3)))
+    given = zoo.Case(model, per_token, batch, lambda output, batch: per_token(output, batch[1]))
+    step = convert(given, blocks=["decoder.1", "decoder.2"])
+    assert [len(head.features) for head in step.heads] == [2, 2]
+    for length in (8, 5):
+        longer = torch.randn(6, length, WIDTH, dtype=torch.float64)
+        given = zoo.Case(model, per_token, (longer, batch[1]), given.task_loss)
         check_bp(step, given)
         check_local(step, given)
 

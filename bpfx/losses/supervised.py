@@ -103,21 +103,28 @@ class LinearHead(Predictor):
             image = linear(rows[0]).movedim(-1, 1)
             return F.interpolate(image, size=target.shape[2:], mode="bilinear", align_corners=False)
         if form.startswith("per token"):
+            first, dim = self.features[0], target.batch_dim or 0
+            length = first.shape[1 - first.batch_dim] if form.endswith("flat") else target.shape[1 - dim]
+            # Another sequence than the predicted one (an encoder's) is resized along its tokens. Which one that is, the
+            # example batch says; how long the predicted one is, each batch.
+            others = [f.shape[1 - f.batch_dim] != length for f in self.features]
+            length = next((r.shape[1] for r, other in zip(rows, others, strict=True) if not other), length)
+            rows = [_resized(r, length) if other else r for r, other in zip(rows, others, strict=True)]
             tokens = linear(torch.cat(rows, -1))
             if form.endswith("flat"):
                 # In the order of the feature's own dimensions: a sequence that comes first stays first.
-                return (tokens.transpose(0, 1) if self.features[0].batch_dim else tokens).flatten(0, 1)
-            dim = target.batch_dim or 0
-            length = target.shape[1 - dim]
-            if self.features[0].shape[1 - self.features[0].batch_dim] != length:
-                # Another sequence than the predicted one (an encoder's): resize along the tokens.
-                tokens = F.adaptive_avg_pool1d(tokens.transpose(1, 2), length).transpose(1, 2)
+                return (tokens.transpose(0, 1) if first.batch_dim else tokens).flatten(0, 1)
             return tokens.transpose(0, 1) if dim == 1 else tokens
         flat = linear(torch.cat([average(r) for r in rows], -1))
         shape = list(target.shape)
         dim = target.batch_dim if target.batch_dim is not None else 0
         rest = shape[:dim] + shape[dim + 1 :]
         return flat.reshape(flat.shape[0], *rest).movedim(0, dim)
+
+
+def _resized(rows: Tensor, length: int) -> Tensor:
+    """`rows`, (samples, tokens, channels), averaged or repeated to `length` tokens."""
+    return F.adaptive_avg_pool1d(rows.transpose(1, 2), length).transpose(1, 2)
 
 
 def _outputs(target: Target, form: str) -> int:

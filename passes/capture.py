@@ -192,7 +192,8 @@ class _Attempts:
                     graph = self._whole(tensors)
                 else:
                     graph = self._export(tensors, opaque_paths, strict, tracker)
-            tidy(graph, reference.mutated)
+            mutated = reference.mutated | opaque.may_change(graph, self.weights, reference.mutated, self.program)
+            tidy(graph, mutated)
             mismatch = verify(graph, self.weights, reference, tensors)
         except BpfxError:
             raise
@@ -219,7 +220,7 @@ class _Attempts:
             self.weights,
             self.program.output_spec,
             self.program.output_constants,
-            reference.mutated,
+            mutated,
             self._unreached(reference),
         )
 

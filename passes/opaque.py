@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 
 from bpfx.passes import adapters
-from bpfx.passes.graph import Weights
+from bpfx.passes.graph import ModelGraph, Weights
 
 _RECURRENT = ("lstm", "gru", "rnn")
 _CALLS: dict[int, OpaqueCall] = {}
@@ -150,6 +150,33 @@ def own_state(modules: dict[str, nn.Module]) -> Iterator[None]:
 def _kept(module: nn.Module) -> dict[tuple[int, str], Tensor]:
     """Tensors in plain attributes, which are neither parameters nor buffers."""
     return {(i, k): v for i, m in enumerate(module.modules()) for k, v in m.__dict__.items() if isinstance(v, Tensor)}
+
+
+def may_change(graph: ModelGraph, weights: Weights, changed: set[str], program: nn.Module) -> set[str]:
+    """Canonical names of buffers that opaque modules may write on another batch: chance may leave out a layer on this.
+
+    Which ones a run writes, no graph shows: running statistics, and those that another module of the same class wrote.
+
+    Args:
+        changed: buffers that the plain model changed on the example batch.
+        program: holds every module.
+    """
+    owners = {id(m._buffers): m for m in program.modules()}
+
+    def owner(name: str) -> tuple[nn.Module | None, str]:
+        slots, key = weights.slot(name)
+        return owners.get(id(slots)), key
+
+    written = {(type(m), key) for m, key in map(owner, changed)}
+    found = set()
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            for name in (graph.weight_of[a] for a in node.all_input_nodes if a in graph.weight_of):
+                module, key = owner(name)
+                if module is not None and module.training:
+                    if getattr(module, "track_running_stats", False) or (type(module), key) in written:
+                        found.add(name)
+    return found
 
 
 @contextmanager

@@ -150,6 +150,20 @@ class MaskedAttention(nn.Module):
         return self.head(x.mean(1))
 
 
+class LayerDrop(nn.Module):
+    """Chance leaves out layers that keep running statistics (parakeet and cohere_asr in transformers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if torch.rand([]) < 0.5:
+                x = x + layer(x).tanh()
+        return x
+
+
 class Translator(nn.Module):
     """Two sequences of different lengths cross a boundary, and only a head that reads both trains all (moonshine)."""
 
@@ -206,6 +220,19 @@ def test_converts_with_equal_gradients_and_runs_local_steps(name: str) -> None:
         step = convert(given, blocks=blocks)
         check_bp(step, given)
         check_local(step, given)
+
+
+def test_a_layer_that_the_example_left_out_updates_its_statistics_once() -> None:
+    """The recomputation of an opaque module leaves no trace, whatever the draw of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LayerDrop(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3))
+    given = case(model, torch.randn(6, WIDTH, dtype=torch.float64))
+    step = convert(given, blocks=["1", "3"])
+    assert [block.opaque for block in step.plan.blocks] == [["0"], [], []]
+    for draw in range(4):
+        check_bp(step, given, draw)
+    ran = [int(layer[1].num_batches_tracked) for layer in model[0].layers]
+    assert 0 < sum(ran) < 4 * len(ran)
 
 
 def per_token(output: Tensor, y: Tensor) -> Tensor:

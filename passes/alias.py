@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def analyse(graph: fx.Graph) -> Aliases:
         root[node], whole[node] = node, True
         if node.target is written:
             root[node], whole[node] = root[node.args[0]], whole[node.args[0]]
+        elif node.target is operator.getitem and root[node.args[0]] is not node.args[0]:
+            root[node], whole[node] = root[node.args[0]], False  # one of several views that one operator made
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None:
             continue

@@ -173,7 +173,7 @@ def _tail(
 ) -> Callable[[bool], Predictor] | None:
     """Makes the model's own last layers a head for these features; ``None`` where they do not take them."""
     found = tail.find_tail(graph, weights, nodes[0], predictions) if len(nodes) == 1 else None
-    if found is None:
+    if found is None or not tail.follows_batch(found, graph, weights, predictions):
         return None
     own = sum(tensor_bytes(weights[n]) for n in {*first.weights, *block.weights})
 

@@ -105,12 +105,14 @@ def make_functional(graph: ModelGraph, block_of: Mapping[fx.Node, int]) -> list[
     for root, mutations in aliases.mutations.items():
         if root in graph.weight_of:
             continue  # a buffer: programs hand in the one that may be written
+        if not all(m.simple for m in mutations):
+            continue  # written through views, too: all of it stays in one block, which copies an input that it writes to
         group = aliases.groups[root]
         seen = {block_of.get(n, -1) for member in group for n in (member, *member.users) if n.op != "output"}
         if len(seen) == 1 and not any(user.op == "output" for member in group for user in member.users):
             continue
         for mutation in mutations:
-            if not mutation.simple or mutation.functional is None:
+            if mutation.functional is None:
                 continue
             node = mutation.node
             node.target = mutation.functional

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bpfx.passes.alias import analyse
 from bpfx.passes.graph import (
@@ -136,6 +137,28 @@ def _is_readout(program: SubProgram, weights: Weights) -> bool:
     matrices = sum(weights[n].dim() >= 2 for n in program.weights if n in weights.parameter_names)
     convolves = any("conv" in str(n.target) for n in program.module.graph.nodes if n.op == "call_function")
     return 1 <= matrices <= 2 and not convolves
+
+
+def follows_batch(program: SubProgram, graph: ModelGraph, weights: Weights, results: Sequence[fx.Node]) -> bool:
+    """Whether it takes another number of samples: a graph captured for one number may hold that as a constant."""
+    if graph.dynamic:
+        return True
+
+    def doubled(node: fx.Node) -> tuple[int, ...]:
+        dim = graph.batch_dims.get(node)
+        return tuple(2 * n if i == dim else n for i, n in enumerate(node.meta["val"].shape))
+
+    starts = [*program.values, *(node for i in program.inputs if (node := graph.inputs[i]) is not None)]
+    given = [(n, n.meta["val"]) for n in starts]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        values = [torch.empty(doubled(n), dtype=v.dtype, device=v.device) for n, v in given]
+        tensors = [torch.empty_like(weights[n]) for n in program.weights]
+        try:
+            found = program.module(*values, *tensors)
+        except Exception:  # whatever an operator says to sizes that do not fit
+            return False
+    made = found if isinstance(found, (tuple, list)) else (found,)
+    return [tuple(t.shape) for t in made] == [doubled(n) for n in results]
 
 
 def last_linear(graph: ModelGraph, predictions: Sequence[fx.Node]) -> tuple[str, str | None] | None:

@@ -62,6 +62,7 @@ class Plain:
 
     reference: Reference
     outputs: tuple[Tensor, ...]
+    fixed: bool  # the loss judges an output that nothing trains
 
 
 def call(model: Net, batch: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -87,6 +88,8 @@ def plain_step(recipe: Recipe) -> Plain:
         loss, outputs = call(model, fuzz_model.batch_of(recipe))
         after = buffers(model)
         kept = tuple(o.detach().clone() for o in outputs)
+        judged = [o for name, o in zip(recipe.outputs, outputs, strict=False) if name != "raw"]
+        fixed = recipe.loss != "inside" and not all(o.requires_grad for o in judged)
         loss.backward()
     except RuntimeError as error:
         raise Invalid(str(error).splitlines()[0]) from None
@@ -94,7 +97,7 @@ def plain_step(recipe: Recipe) -> Plain:
     norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
     if not (torch.isfinite(loss) and 1e-3 < norm < 1e3):
         raise Invalid("loss or gradient are of no use")
-    return Plain(Reference(loss.detach(), grads, after), kept)
+    return Plain(Reference(loss.detach(), grads, after), kept, fixed)
 
 
 # --- the local step by hand ------------------------------------------------------------------------------------------
@@ -151,6 +154,11 @@ def _carrying(recipe: Recipe, model: Net, fed: dict[str, Tensor], y: Tensor) -> 
         if any(g is not None for g in grads):
             names.add(name)
 
+    def note_part(names: set[str], name: str, place: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> None:
+        grad = grads[place[0]]
+        if grad is not None and bool(grad.contiguous().as_strided(*place[1:]).any()):
+            names.add(name)
+
     values = model.start(**fed)
     for segment in model.segments:
         values = _usable(values)
@@ -159,6 +167,11 @@ def _carrying(recipe: Recipe, model: Net, fed: dict[str, Tensor], y: Tensor) -> 
             # At the place in the autograd graph, not at the tensor: it may be overwritten later.
             if value.grad_fn is not None:
                 value.grad_fn.register_prehook(partial(note, found[-1], name))
+            base = value._base
+            if base is not None and base.grad_fn is not None and base.is_contiguous():
+                # A view that is written to is from then on a view of what its base has become.
+                place = base.output_nr, value.shape, value.stride(), value.storage_offset()
+                base.grad_fn.register_prehook(partial(note_part, found[-1], name, place))
         values = segment(values)
     fuzz_model.task_loss(recipe, model.finish(values), y).backward()
     return found
@@ -291,7 +304,12 @@ def check(recipe: Recipe) -> str:
         expected = plain_step(recipe)
         model = fuzz_model.build(recipe)
         before = copy.deepcopy(model.state_dict())
-        step, cuts = convert(recipe, model)
+        try:
+            step, cuts = convert(recipe, model)
+        except bpfx.BpfxError as error:
+            if expected.fixed and str(error).startswith("the loss cannot be taken apart"):
+                raise Invalid("no head can make an output that the trained layers have no part in") from None
+            raise
         assert_same_bits(dict(model.state_dict()), dict(before), "the model after its conversion")
         start = copy.deepcopy(dict(step.state_dict()))
         if len(step.plan.blocks) != len(cuts) + 1:  # a segment in which nothing is computed

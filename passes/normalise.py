@@ -106,7 +106,7 @@ def make_functional(graph: ModelGraph, block_of: Mapping[fx.Node, int]) -> list[
         if root in graph.weight_of:
             continue  # a buffer: programs hand in the one that may be written
         if not all(m.simple for m in mutations):
-            continue  # written through views, too: all of it stays in one block, which copies an input that it writes to
+            continue  # written through views, too: all of it is in one block, which copies the inputs it writes to
         group = aliases.groups[root]
         seen = {block_of.get(n, -1) for member in group for n in (member, *member.users) if n.op != "output"}
         if len(seen) == 1 and not any(user.op == "output" for member in group for user in member.users):

@@ -131,7 +131,7 @@ class BlockProgram(nn.Module):
         if frozen:
             tensors = [t.detach() for t in tensors]
         if block.overwrites:
-            values = [v.clone() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+            values = [v.clone() if isinstance(v, Tensor) else v for v in values]
         with uncached():
             result: tuple[Any, ...] = block.code(*values, *tensors)
         return result

@@ -62,6 +62,14 @@ def tops() -> list[int]:
     return [TOP + k * (BLOCK + GAP) for k in range(3)]
 
 
+def block(x: int, y: int, k: int) -> None:
+    """Two layers; the middle block is the one at work."""
+    box(x, y, 140, BLOCK, BLUE, 0.07)
+    text(x + 10, y + 19, f"block {k}", 12, BLUE, bold=True)
+    layer(x + 20, y + 27, 100, f"layer {2 * k + 1}", k == 1)
+    layer(x + 20, y + 63, 100, f"layer {2 * k + 2}", k == 1)
+
+
 def before(x: int) -> None:
     heading(x, "Your model", "back-propagation: all", "activations wait")
     end = tops()[-1] + BLOCK
@@ -79,12 +87,8 @@ def before(x: int) -> None:
 def local(x: int) -> None:
     heading(x, "After: the local step", "each block learns from its own head;", "one block's activations at a time")
     for k, y in enumerate(tops()):
-        alive, last = k == 1, k == 2
-        box(x, y, 140, BLOCK, BLUE, 0.07)
-        text(x + 10, y + 19, f"block {k}", 12, BLUE, bold=True)
-        layer(x + 20, y + 27, 100, f"layer {2 * k + 1}", alive)
-        layer(x + 20, y + 63, 100, f"layer {2 * k + 2}", alive)
-        if last:
+        block(x, y, k)
+        if k == 2:
             arrow(f"M{x + 70} {y + BLOCK} V{y + BLOCK + 24}", INK)
             text(x + 70, y + BLOCK + 42, "loss", 13, anchor="middle", bold=True)
             arrow(f"M{x + 98} {y + BLOCK + 37} H{x + 158} V{y + 60} H{x + 144}", RED, dashed=True)
@@ -101,12 +105,8 @@ def local(x: int) -> None:
 def exact(x: int) -> None:
     heading(x, "And the BP step", "exact: boundaries wait,", "blocks run once more")
     for k, y in enumerate(tops()):
-        alive, last = k == 1, k == 2
-        box(x, y, 140, BLOCK, BLUE, 0.07)
-        text(x + 10, y + 19, f"block {k}", 12, BLUE, bold=True)
-        layer(x + 20, y + 27, 100, f"layer {2 * k + 1}", alive)
-        layer(x + 20, y + 63, 100, f"layer {2 * k + 2}", alive)
-        if last:
+        block(x, y, k)
+        if k == 2:
             arrow(f"M{x + 50} {y + BLOCK} V{y + BLOCK + 24}", INK)
             text(x + 70, y + BLOCK + 42, "loss", 13, anchor="middle", bold=True)
             arrow(f"M{x + 90} {y + BLOCK + 26} V{y + BLOCK + 2}", RED, dashed=True)

@@ -164,25 +164,9 @@ def test_the_check_of_messages_can_fail() -> None:
     assert pattern("no such … message").search("there is no such … message; pass one")
 
 
-# --- pictures and examples -------------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def test_the_picture_is_what_its_script_draws() -> None:
     drawn = runpy.run_path(str(DOCS / "_draw_concepts.py"))["draw"]()
     assert drawn == (DOCS / "concepts.svg").read_text("utf-8")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("torch_compile", "saved after 188 steps"), ("mixed_precision", "offsets: {torch.float32}")]
-)
-def test_examples_run(
-    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = ROOT / "examples" / f"{name}.py"
-    text = path.read_text("utf-8")
-    assert f"    python examples/{name}.py" in text.split('"""')[1], "the launch line is at the top"
-    assert len(text.splitlines()) < 70
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(path)])
-    runpy.run_path(str(path), run_name="__main__")
-    assert said in capsys.readouterr().out

@@ -75,6 +75,8 @@ SAID = {
     "accelerate_loop": "test accuracy",
     "lightning_module": "accuracy",
     "peft_adapters": "test accuracy",
+    "torch_compile": "saved after 188 steps",
+    "mixed_precision": "offsets: {torch.float32}",
 }
 
 

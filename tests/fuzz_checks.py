@@ -130,10 +130,10 @@ def _cut(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _match(values: list[Tensor], wanted: Tensor, where: str) -> Tensor:
-    """The value of the program that a head was given; the newest, where several are equal."""
-    for value in reversed(values):
+    """Take out the value of the program that a head was given; the newest, where several are equal."""
+    for i, value in reversed([*enumerate(values)]):
         if value.shape == wanted.shape and value.requires_grad and torch.allclose(value, wanted, rtol=1e-9, atol=1e-12):
-            return value
+            return values.pop(i)
     raise AssertionError(f"{where}: its head reads a value that does not cross the boundary")
 
 
@@ -213,7 +213,8 @@ def local_step(recipe: Recipe, model: Net, heads: Any, cuts: Sequence[int], feat
             k = cuts.index(i)
             if k in features:
                 crossing = [v for n, v in values.items() if n in carrying[i]]
-                seen = [_match(crossing, f, f"block {k}") for f in features[k].features]
+                left = list(crossing)  # two may be equal: norms of one value
+                seen = [_match(left, f, f"block {k}") for f in features[k].features]
                 missed = _reached(crossing, trainable) - _reached(seen, trainable)
                 assert not missed, f"block {k}: a crossing value trains parameters {missed} that its head cannot reach"
                 predictions = heads[k].predictions(Given(tuple(seen), tuple(flat)))

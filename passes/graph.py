@@ -194,6 +194,17 @@ def _makes_anew(node: fx.Node) -> bool:
     return name.endswith("_like") or name.startswith("new_")
 
 
+def passes_gradient(node: fx.Node) -> bool:
+    """Whether a computed value carries a gradient as soon as something that it is made of does."""
+    if node.op == "output" or node.target in DETACHING or _makes_anew(node) or is_no_grad_region(node):
+        return False
+    value = node.meta.get("val")
+    if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return False
+    # A list or tuple of tensors is differentiable as a whole; its items are told apart by their dtype.
+    return not isinstance(value, Tensor) or is_differentiable_dtype(value)
+
+
 def differentiable_nodes(graph: ModelGraph, weights: Weights) -> set[fx.Node]:
     """Nodes whose value carries a gradient in plain BP.
 
@@ -206,14 +217,7 @@ def differentiable_nodes(graph: ModelGraph, weights: Weights) -> set[fx.Node]:
             if name is not None and weights[name].requires_grad:
                 live.add(node)
             continue
-        if node.op == "output" or node.target in DETACHING or _makes_anew(node) or is_no_grad_region(node):
-            continue
-        value = node.meta.get("val")
-        # A list or tuple of tensors is differentiable as a whole; its items are told apart by their dtype.
-        plausible = not isinstance(value, Tensor) or is_differentiable_dtype(value)
-        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
-            plausible = False
-        if plausible and any(arg in live for arg in node.all_input_nodes):
+        if passes_gradient(node) and any(arg in live for arg in node.all_input_nodes):
             live.add(node)
     reached = {graph.loss}
     stack = [graph.loss]

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from bpfx.errors import BpfxError
 from bpfx.losses import Assignment, Boundary, Feature, Given, Head, Predictor, TailHead, Target
 from bpfx.passes import downstream, programs, tail
-from bpfx.passes.graph import ModelGraph, Weights, tensor_bytes
+from bpfx.passes.graph import ModelGraph, Weights, passes_gradient, tensor_bytes
 from bpfx.passes.lower import Block
 from bpfx.passes.precision import parameter_dtype
 
@@ -94,7 +94,7 @@ def attach_losses(
 
 
 def head_features(block: Block) -> list[fx.Node]:
-    """The fewest outputs of ``block`` that together depend on everything that trains in it; newest first.
+    """The fewest outputs of ``block`` whose gradients together reach everything that trains in it; newest first.
 
     What has no entry per sample is none of them: something made of weights alone, or of flattened samples.
     """
@@ -103,7 +103,7 @@ def head_features(block: Block) -> list[fx.Node]:
     behind = {n: _behind(n, inside) for n in block.outputs if n.name in block.differentiable}
     sampled = [n for n, seen in behind.items() if seen & given]
     outputs = [n for n in sampled if "batch_dim" in n.meta] or sampled or list(behind)
-    reach = {n: {a for a in behind[n] if a.op == "placeholder"} for n in outputs}
+    reach = {n: {a for a in _behind(n, inside, passes_gradient) if a.op == "placeholder"} for n in outputs}
     everything = set().union(*reach.values()) if reach else set()
     chosen: list[fx.Node] = []
     covered: set[fx.Node] = set()
@@ -117,15 +117,15 @@ def head_features(block: Block) -> list[fx.Node]:
     return chosen
 
 
-def _behind(node: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """What ``node`` depends on: nodes of its block, and what the block is given."""
+def _behind(node: fx.Node, inside: set[fx.Node], through: Callable[[fx.Node], bool] = lambda n: True) -> set[fx.Node]:
+    """What ``node`` depends on, ``through`` which nodes: nodes of its block, and what the block is given."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         for a in stack.pop().all_input_nodes:
             if a not in seen:
                 seen.add(a)
-                if a in inside:
+                if a in inside and through(a):
                     stack.append(a)
     return seen
 

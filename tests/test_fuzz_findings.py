@@ -152,6 +152,20 @@ FINDINGS: dict[str, tuple[int, Recipe]] = {  # and into how many blocks each is 
             batch=4,
         ),
     ),
+    # the head read the sum alone, from which no gradient reaches the layer
+    "a layer's output, and a sum that it is detached in": (
+        2,
+        Recipe(
+            "vector",
+            (
+                (layer("l0", "a0", "a1"), Op("detached", ("a0", "a1"), ("a2",))),
+                (layer("l1", "a1", "a3"), Op("act", ("a2",), ("a4",)), layer("l2", "a4", "a5")),
+            ),
+            {"l0": LINEAR, "l1": LINEAR, "l2": LINEAR},
+            outputs=("logits", "aux"),
+            packing="tuple",
+        ),
+    ),
     # a head was put on a value that only a draw reads, and whose layer's input is overwritten
     "a value that only a draw reads": (
         2,

@@ -253,6 +253,7 @@ VIT = tuple(f"encoder.layers.encoder_layer_{i}" for i in (3, 6, 9))
 LLAMA = ("model.layers.1", "model.layers.2")
 CONVS = ["conv1", "conv2", "conv3"]
 HARD = tags("hard")
+LARGE = tags("large")  # at full size: every architecture has a smaller entry for tests that need none
 
 
 def inside(cuts: tuple[str, ...]) -> tuple[str, ...]:
@@ -318,7 +319,7 @@ ENTRIES: list[Entry] = [
     # torchvision and timm
     Entry("resnet18", vision("resnet18"), RESNET, size=4),
     Entry("resnet_bottleneck", shrunk(_bottlenecks), RESNET, size=4),
-    Entry("vit_b_16", VIT_B, VIT, dtype=torch.float32),
+    Entry("vit_b_16", VIT_B, VIT, tags=LARGE, dtype=torch.float32),
     Entry("convnext", shrunk(_convnext), ("features.2", "features.4", "features.6")),
     Entry("mobilenet_v3_small", vision("mobilenet_v3_small"), ("features.4", "features.8"), size=4),
     Entry("densenet", shrunk(_densenet), tuple(f"features.denseblock{i}" for i in (2, 3, 4)), size=4),
@@ -345,12 +346,17 @@ ENTRIES: list[Entry] = [
         size=4,
     ),
     Entry(
-        "resnet50_lokr", adapted(vision("resnet50"), "LoKrConfig", target_modules=CONVS, r=2), inside(RESNET), size=4
+        "resnet50_lokr",
+        adapted(vision("resnet50"), "LoKrConfig", target_modules=CONVS, r=2),
+        inside(RESNET),
+        4,
+        LARGE,
     ),
     Entry(
         "vit_b_16_lora",
         adapted(VIT_B, "LoraConfig", target_modules=r".*mlp\.[03]", **LORA),
         inside(VIT),
+        tags=LARGE,
         dtype=torch.float32,
     ),
     Entry(
@@ -417,9 +423,10 @@ ENTRIES: list[Entry] = [
 ZOO: dict[str, Entry] = {entry.name: entry for entry in ENTRIES}
 
 
-def names(*, hard: bool | None = None) -> list[str]:
-    """The table's names, all of them or those with or without the tag `hard`."""
-    return [entry.name for entry in ENTRIES if hard is None or hard == ("hard" in entry.tags)]
+def names(*, hard: bool | None = None, large: bool | None = None) -> list[str]:
+    """The table's names, all of them or those with or without the tags `hard` and `large`."""
+    asked = {"hard": hard, "large": large}
+    return [e.name for e in ENTRIES if all(a is None or a == (tag in e.tags) for tag, a in asked.items())]
 
 
 # --- models for the tests that look at one property ------------------------------------------------------------------

@@ -10,7 +10,7 @@
 A ResNet-20 (three stages of three residual blocks, 16, 32 and 64 channels) is trained from random weights by BP and by
 every loss. A row holds accuracy, memory and time against BP's, and the cosine of local and BP gradient. All rows have
 one configuration: AdamW, one-cycle learning rate, no augmentation. A run is named LOSS/BLOCKS/local/SEED,
-LOSS/BLOCKS/offset/SEED or bp/SEED. Writes OUT.json, OUT.md and OUT.png.
+LOSS/BLOCKS/offset/SEED or bp/SEED. Writes OUT.json, OUT.md and OUT.png, and README's table where OUT is the default.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import accuracy
 import torch
-from losses_report import finished, markdown, newest, plot, spoken
+from losses_report import finished, markdown, newest, plot, spoken, write_readme
 from parts import as_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -52,6 +52,7 @@ from bpfx.models.resnet import SmallResNet
 from bpfx.train import Trainee
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
 PERIOD = 4  # of the rows with the offset: a fixed one, so that losses are compared and not the choice of a period
 WIDTH, DEPTHS = 16, (3, 3, 3)
 # Modules that begin a block, the same for every loss. bpfx's own choice would be close, but some losses cannot work
@@ -484,6 +485,8 @@ def report(runs: dict[str, Run], settings: dict[str, Any], out: Path) -> int:
     text = markdown(runs, settings)
     accuracy._write(table, text)
     drawn = plot(runs, settings, picture)
+    if out == RESULTS / "losses":
+        accuracy._write(README, write_readme(README.read_text("utf-8"), runs, settings))
     print(text)
     print(f"Wrote {table}" + (f", {picture}" if drawn else "; no plot: nothing to draw, or no matplotlib"))
     failed = [name for name, run in runs.items() if run["status"] == "failed" and run["settings"] == settings]

@@ -90,6 +90,43 @@ def cells(key: Key, row: list[Run]) -> list[str]:
     return [*head, *middle, note(row)]
 
 
+MARKS = "<!-- losses table -->", "<!-- /losses table -->"
+SHORT = (
+    "| local loss | test accuracy %, 4 blocks | 8 blocks | 16 blocks | 8 blocks with the offset, K = 4 "
+    "| peak of a local step, × BP | time, × BP | cosine to BP's gradient |"
+)
+
+
+def short(runs: dict[str, Run], settings: dict[str, Any]) -> str:
+    """A line for each loss, the best first; memory, time and cosine are those in 8 blocks."""
+    rows = {key: [run for run in row if run["status"] == "finished"] for key, row in grouped(runs, settings).items()}
+    rows = {key: row for key, row in rows.items() if row}
+    middle = {loss: rows[loss, 8, False] for loss, blocks, offset in rows if (blocks, offset) == (8, False)}
+    lines = [SHORT, "|---|" + "--:|" * 7]
+    for (loss, _, _), row in rows.items():
+        if loss == "bp":
+            lines.append(f"| BP | {' | '.join([accuracy(row)] * 3)} | – | 1.00 | 1.00 | – |")
+    for loss in sorted(middle, key=lambda k: -statistics.fmean(run["accuracy_percent"] for run in middle[k])):
+        reached = [accuracy(rows[key]) if key in rows else "–" for key in ((loss, 4, False), (loss, 16, False))]
+        offset = accuracy(rows[loss, 8, True]) if (loss, 8, True) in rows else "–"
+        times = [ratio for run in middle[loss] for ratio in run.get("time_ratios", [])]
+        base, _, variant = loss.partition("-")
+        name = f"`{base}`" + (f", {variant}" if variant else "")
+        name += " (no labels)" if any(run.get("label_free") for run in middle[loss]) else ""
+        cells = [name, reached[0], accuracy(middle[loss]), reached[1], offset, share(middle[loss], "local")]
+        cells += [f"{statistics.median(times):.2f}" if times else "–"]
+        cells += [average([run["cosine_end"] for run in middle[loss]])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_readme(text: str, runs: dict[str, Run], settings: dict[str, Any]) -> str:
+    """The page with its table, which stands between markers, made anew."""
+    start, end = MARKS
+    before, rest = text.split(start, 1)
+    return f"{before}{start}\n{short(runs, settings)}\n{end}{rest.split(end, 1)[1]}"
+
+
 def accuracy(made: list[Run]) -> str:
     """Mean ± standard deviation."""
     values = [run["accuracy_percent"] for run in made]

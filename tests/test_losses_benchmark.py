@@ -145,3 +145,22 @@ def test_a_short_run_is_stored_reported_and_not_repeated(script: ModuleType, tmp
     out.with_suffix(".md").unlink()
     assert script.main(["--report-only", "--out", str(out)]) == 0
     assert out.with_suffix(".md").read_text("utf-8") == table
+
+
+def test_the_short_table_has_the_best_loss_first(script: ModuleType) -> None:
+    runs = [run("bp", 1, accuracy_percent=90.0), run("dgl", 8, accuracy_percent=70.0), run("free", 4)]
+    runs += [run("free-kind", 8), run("free-kind", 8, seed=1), run("free-kind", 16, status="refused", reason="small")]
+    found = script.write_readme("a\n<!-- losses table -->\nold\n<!-- /losses table -->\nb", stored(*runs), SETTINGS)
+    assert found.splitlines()[0] == "a" and found.splitlines()[-1] == "b"
+    assert found.splitlines()[4:-2] == [
+        "| BP | 90.0 | 90.0 | 90.0 | – | 1.00 | 1.00 | – |",
+        "| `free`, kind | – | 80.5 ± 0.7 | – | – | 0.40 | 1.00 | 0.50 |",
+        "| `dgl` | – | 70.0 | – | – | 0.40 | 1.00 | 0.50 |",
+    ]
+
+
+def test_the_readme_shows_the_stored_results(script: ModuleType) -> None:
+    runs = script.load(BENCHMARKS / "results" / "losses.json")
+    page = (BENCHMARKS.parent / "README.md").read_text("utf-8")
+    made = script.write_readme(page, runs, script.newest(runs))
+    assert made == page, "run python benchmarks/losses.py --report-only"

@@ -226,12 +226,16 @@ def extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], dr
         assert given is not None
         env[given] = new.placeholder(given.name)
     given_values = list(env)
+
+    def overwritten(node: fx.Node) -> bool:
+        return any(m.node in wanted for m in aliases.mutations.get(aliases.root[node], ()))
+
     names = [n for n in graph.graph.nodes if n in wanted and n in graph.weight_of]
     for node in names:
         env[node] = new.placeholder(node.name)
     for entry in given_values:
         # The features go on to the next block, and the inputs are the caller's.
-        if any(m.node in wanted for m in aliases.mutations.get(aliases.root[entry], ())):
+        if overwritten(entry):
             env[entry] = new.call_function(_aten.clone.default, (env[entry],))
     for node in graph.graph.nodes:
         if node not in wanted or node in env:
@@ -239,6 +243,8 @@ def extract(graph: ModelGraph, results: list[fx.Node], starts: list[fx.Node], dr
         if drop and node.target in _DROPOUT:
             # Heads draw nothing: the blocks' own draws must stay those of the plain model.
             env[node] = env[node.args[0]]
+            if overwritten(node):  # the memory that dropout would have made
+                env[node] = new.call_function(_aten.clone.default, (env[node],))
         else:
             env[node] = new.node_copy(node, lambda n: env[n])
     out = [env[r] for r in results]

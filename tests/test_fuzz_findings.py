@@ -166,6 +166,20 @@ FINDINGS: dict[str, tuple[int, Recipe]] = {  # and into how many blocks each is 
             packing="tuple",
         ),
     ),
+    # a head, which draws nothing, let its copy of dropout write into the feature
+    "a sum in place behind the last dropout": (
+        2,
+        Recipe(
+            "image",
+            (
+                (layer("l0", "a0", "a1"),),
+                (layer("l1", "a1", "a2"), Op("add_", ("a2", "a1"), ("a3",))),
+            ),
+            {"l0": LINEAR, "l1": Layer("dropout")},
+            outputs=("logits", "aux"),
+            packing="tuple",
+        ),
+    ),
     # a head was put on a value that only a draw reads, and whose layer's input is overwritten
     "a value that only a draw reads": (
         2,

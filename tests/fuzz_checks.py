@@ -62,7 +62,7 @@ class Plain:
 
     reference: Reference
     outputs: tuple[Tensor, ...]
-    fixed: bool  # the loss judges an output that nothing trains
+    fixed: dict[str, Tensor]  # outputs that the loss judges and nothing trains
 
 
 def call(model: Net, batch: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -88,8 +88,8 @@ def plain_step(recipe: Recipe) -> Plain:
         loss, outputs = call(model, fuzz_model.batch_of(recipe))
         after = buffers(model)
         kept = tuple(o.detach().clone() for o in outputs)
-        judged = [o for name, o in zip(recipe.outputs, outputs, strict=False) if name != "raw"]
-        fixed = recipe.loss != "inside" and not all(o.requires_grad for o in judged)
+        judged = zip(recipe.outputs, outputs, strict=True) if recipe.loss != "inside" else ()
+        fixed = {name: o.detach().clone() for name, o in judged if name != "raw" and not o.requires_grad}
         loss.backward()
     except RuntimeError as error:
         raise Invalid(str(error).splitlines()[0]) from None
@@ -185,11 +185,14 @@ def _reached(values: Iterable[Tensor], parameters: Sequence[Tensor]) -> set[int]
     return {i for i, g in enumerate(found) if g is not None}
 
 
-def local_step(recipe: Recipe, model: Net, heads: Any, cuts: Sequence[int], features: dict[int, Any]) -> Reference:
+def local_step(
+    recipe: Recipe, model: Net, fixed: dict[str, Tensor], heads: Any, cuts: Sequence[int], features: dict[int, Any]
+) -> Reference:
     """One local step by hand.
 
     Args:
         model: in the state to start from; gets the gradients.
+        fixed: judged outputs that no head predicts, since nothing trains them.
         heads: those of the converted twin, in the state to start from.
         cuts: the segments that begin the second block, the third, …
         features: what each head was given in the converted step.
@@ -202,7 +205,7 @@ def local_step(recipe: Recipe, model: Net, heads: Any, cuts: Sequence[int], feat
         fed = dict(zip(("x", *recipe.more), fed if isinstance(fed, tuple) else (fed,), strict=True))
     flat = [leaf for leaf in tree_leaves(fuzz_model.batch_of(recipe)) if isinstance(leaf, Tensor)]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    judged = dict.fromkeys(name for name in recipe.outputs if name != "raw")
+    judged = dict.fromkeys(name for name in recipe.outputs if name != "raw" and name not in fixed)
     local_losses: list[Tensor] = []
     carrying = _carrying(recipe, copy.deepcopy(model), copy.deepcopy(fed), y)
     seed_all()
@@ -220,7 +223,7 @@ def local_step(recipe: Recipe, model: Net, heads: Any, cuts: Sequence[int], feat
                 predictions = heads[k].predictions(Given(tuple(seen), tuple(flat)))
                 assert len(predictions) == len(judged)
                 guess = {name: _prediction(recipe.shape(name), predictions) for name in judged}
-                outputs = tuple(guess.get(name, y) for name in recipe.outputs)
+                outputs = tuple((guess | fixed).get(name, y) for name in recipe.outputs)
                 local = fuzz_model.task_loss(recipe, outputs, y)
                 local_losses.append(local.detach())
                 local.backward()
@@ -318,7 +321,7 @@ def check(recipe: Recipe) -> str:
         check_bp(recipe, step, expected)
         step.load_state_dict(start)
         if len(step.plan.blocks) == len(cuts) + 1:
-            check_local(recipe, step, cuts, before)
+            check_local(recipe, step, expected, cuts, before)
             step.load_state_dict(start)
         audit = bpfx.audit(step)
         assert audit.ok, str(audit)
@@ -343,7 +346,7 @@ def _assert_outputs(outputs: Any, expected: Plain) -> None:
         torch.testing.assert_close(found.detach(), value, rtol=1e-6, atol=1e-9)
 
 
-def check_local(recipe: Recipe, step: bpfx.Step, cuts: list[int], before: dict[str, Tensor]) -> None:
+def check_local(recipe: Recipe, step: bpfx.Step, plain: Plain, cuts: list[int], before: dict[str, Tensor]) -> None:
     """The local step is the hand-detached one, through `run_local` and through `loss.backward()`."""
     features: dict[int, Any] = {}
     heads = copy.deepcopy(step.heads)
@@ -351,7 +354,7 @@ def check_local(recipe: Recipe, step: bpfx.Step, cuts: list[int], before: dict[s
         found = run(step.run_local, fuzz_model.batch_of(recipe))
     twin = fuzz_model.build(recipe)
     twin.load_state_dict(before)
-    expected = local_step(recipe, twin, heads, cuts, features)
+    expected = local_step(recipe, twin, plain.fixed, heads, cuts, features)
     assert_loss(found.loss, expected.loss)
     losses = found.local_losses
     assert len(losses) == len(expected.local_losses), "a block's local loss is missing"

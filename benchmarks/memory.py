@@ -182,13 +182,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     sizes = Sizes(arguments.batch or part.batch, arguments.tokens, arguments.width, arguments.image_size)
     rounds = part.rounds if arguments.rounds is None else arguments.rounds
-    if arguments.times:
-        path = arguments.out.with_name(arguments.out.name + ".json")
-        stored: dict[str, Any] = json.loads(path.read_text("utf-8"))["parts"][name]
-        for row, seconds in measure_time(part, sizes, arguments.times, rounds).items():
-            stored["rows"][row]["seconds"] = seconds
-        stored["settings"]["rounds"] = rounds
-        return stored
+    if arguments.times or arguments.peaks:
+        return again(name, part, sizes, arguments, rounds)
     rows: dict[str, dict[str, Any]] = {}
     for row in part.rows():
         print(f"    {row}", file=sys.stderr, flush=True)
@@ -228,6 +223,24 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def again(name: str, part: Part, sizes: Sizes, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    """What is stored of one part, with the times or the memory of some rows measured anew."""
+    path = arguments.out.with_name(arguments.out.name + ".json")
+    stored: dict[str, Any] = json.loads(path.read_text("utf-8"))["parts"][name]
+    if arguments.times:
+        for row, seconds in measure_time(part, sizes, arguments.times, rounds).items():
+            stored["rows"][row]["seconds"] = seconds
+        stored["settings"]["rounds"] = rounds
+    for row in arguments.peaks:
+        found = measure_memory(part, ROWS[row], sizes)
+        stored["rows"].setdefault(row, {}).pop("error", None)
+        stored["rows"][row] |= {key: found[key] for key in found.keys() - {"blocks", "boundary_bytes"}}
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    what = {"times": arguments.times, "peaks": arguments.peaks}
+    stored.setdefault("measured_later", []).append({"date": date, **what})
+    return stored
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +251,14 @@ def cut(text: str) -> str | int:
     if text.isdecimal() and int(text):
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not layers, auto, a count or a budget in MiB")
+
+
+def rows(text: str) -> list[str]:
+    """The value of --times and of --peaks."""
+    unknown = [name for name in text.split(",") if name not in ROWS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown row {unknown[0]!r}; known are {', '.join(ROWS)}")
+    return text.split(",")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -253,7 +274,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     cuts = "where bpfx cuts: layers, auto, a count, or a budget as 300MiB (default: the part's)"
     parser.add_argument("--blocks", type=cut, help=cuts)
     times = "measure the times of these rows only, and keep the memory that is stored (with bp,ac for the ratios)"
-    parser.add_argument("--times", type=lambda text: text.split(","), metavar="ROWS", help=times)
+    parser.add_argument("--times", type=rows, default=[], metavar="ROWS", help=times)
+    peaks = "measure the memory of these rows only, and keep the rest"
+    parser.add_argument("--peaks", type=rows, default=[], metavar="ROWS", help=peaks)
     parser.add_argument("--measure", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)

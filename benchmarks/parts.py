@@ -54,7 +54,8 @@ def measure_parts(
         if part is None:
             failed.append(name)
             continue
-        parts[name] = part | {"command": shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])}
+        # What was measured in part keeps the command of the rest.
+        parts[name] = {"command": shlex.join(["python", f"benchmarks/{Path(script).name}", *arguments])} | part
         parts = {key: parts[key] for key in known if key in parts}
         stored.write_text(as_json(parts), "utf-8")
         tables.write_text(markdown(parts), "utf-8")

@@ -36,7 +36,8 @@ class StageCosts:
     Attributes:
         stage: the programs.
         outputs, cotangents: bytes of values that cross, and of their cotangents, by the name of the value.
-        largest_parameter: bytes of the largest parameter that trains.
+        trainable: bytes of the parameters that train, by name.
+        largest_parameter: bytes of the largest of them.
     """
 
     def __init__(self, runner: _Runner, named: dict[str, Tensor]) -> None:
@@ -46,7 +47,8 @@ class StageCosts:
         block = stage.block
         self.outputs = {n.name: sizes[n.name] for n in block.outputs}
         self.cotangents = {n.name: sizes[n.name] for n in block.inputs if n.name in block.differentiable}
-        self.largest_parameter = max((tensor_bytes(named[n]) for n in block.trainable), default=0)
+        self.trainable = {n: tensor_bytes(named[n]) for n in block.trainable}
+        self.largest_parameter = max(self.trainable.values(), default=0)
 
     @property
     def forward(self) -> Cost:
@@ -60,6 +62,13 @@ class StageCosts:
     def head(self) -> Cost | None:
         """The head's forward and backward alone; ``None`` where the block has none."""
         return self._runner.head()
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head's gradient."""
+        program = self.stage.local
+        loss = program.local_loss if isinstance(program, LocalGradient) else None
+        return sum(map(tensor_bytes, loss.parameters_now())) if loss is not None else 0
 
     def vjp(self, keep: bool) -> Cost:
         """Recomputation and backward; ``keep`` as for :meth:`local`."""

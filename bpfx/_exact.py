@@ -19,7 +19,7 @@ from bpfx.passes.stages import Stage
 
 
 def exact_sweep(
-    pieces: Sequence[Piece], keep: frozenset[str] = frozenset()
+    pieces: Sequence[Piece], keep: frozenset[str] = frozenset(), one_by_one: bool = False
 ) -> Iterator[tuple[int, Grads, Tensor | None]]:
     """BP gradients of every block and local gradients of its head, over all pieces, from the last block to the first.
 
@@ -28,6 +28,7 @@ def exact_sweep(
     Args:
         pieces: the micro-batches; their values are used up.
         keep: values that the caller wants.
+        one_by_one: as for :func:`bpfx._serial.bp_sweep`.
 
     Yields:
         Index, gradients (heads' as ``bpfx.heads.<block>.<name>``) and local loss of every block.
@@ -43,7 +44,7 @@ def exact_sweep(
     for piece in pieces:
         piece.kept = keep
     reads = frozenset(n for s in pieces[0].stages for n in _reads(s))
-    for k, grads in bp_sweep(pieces, passed, reads | keep):
+    for k, grads in bp_sweep(pieces, passed, reads | keep, one_by_one):
         grads |= heads.pop(k, {})
         yield k, grads, losses.get(k)
     for k in sorted(heads, reverse=True):
@@ -84,9 +85,6 @@ def _head_gradient(piece: Piece, stage: Stage, total: Grads) -> Tensor:
         if heads and loss.requires_grad:
             scale = program.weights.loss_scale
             seed = None if scale == 1.0 else [torch.full_like(loss, scale)]
-            _, grads = differentiate([loss], seed, heads, parameters, [], None, scale)
-            add = adder(total, piece.share)
-            for name in list(grads):
-                add(name, grads.pop(name))
+            differentiate([loss], seed, heads, parameters, [], adder(total, piece.share), scale)
     piece.let_go(names)
     return loss.detach()

@@ -119,7 +119,8 @@ class Arrangement:
         groups: blocks that a micro-batch passes in one go in the local step.
         refresh_pieces: pieces of the batch in a refresh.
         local, refresh: the two steps.
-        exact: an exact BP step over the same micro-batches.
+        exact: an exact BP step over the same micro-batches, with the heads that learn in it.
+        one_by_one: whether that one takes each micro-batch through both sweeps before the next.
     """
 
     groups: list[range]
@@ -127,9 +128,17 @@ class Arrangement:
     local: _simulate.Simulation
     refresh: _simulate.Simulation
     exact: _simulate.Simulation
+    one_by_one: bool
 
 
-def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[Tensor]], count: int) -> Arrangement:
+def arrange(
+    weights: Weights,
+    variant: Variant,
+    piece: Callable[[int], Sequence[Tensor]],
+    count: int,
+    together: bool = False,
+    heads: bool = True,
+) -> Arrangement:
     """Choose groups and the pieces of a refresh for the smallest peak of a run.
 
     A refresh takes one piece after the other, so that smaller ones cost no memory elsewhere: there are more of them
@@ -139,11 +148,17 @@ def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[
     Args:
         piece: the largest of so many pieces of the batch.
         count: micro-batches.
+        together: an exact step runs all micro-batches of a block together in any case.
+        heads: whether there are local steps, and heads that learn; otherwise only the exact step is looked at.
 
     Raises:
         LivenessError: a program cannot run on fake tensors.
     """
     costs = costs_of(weights, variant, piece(count))
+    exact, one_by_one = _simulate.best_bp(costs, count, heads=heads, together=together)
+    if not heads:
+        nothing = _simulate.Simulation()
+        return Arrangement(_simulate.singly(len(costs)), count, nothing, nothing, exact, one_by_one)
     groups = _simulate.best_groups(costs, count)
     local = _simulate.local_serial(costs, count, groups)
     pieces, found = count, _simulate.refresh(costs, count)
@@ -154,7 +169,7 @@ def arrange(weights: Weights, variant: Variant, piece: Callable[[int], Sequence[
             break  # single samples
         pieces *= 2
         found = _simulate.refresh(costs_of(weights, variant, tensors), pieces)
-    return Arrangement(groups, pieces, local, found, _simulate.bp_serial(costs, count))
+    return Arrangement(groups, pieces, local, found, exact, one_by_one)
 
 
 # --- the exact recipes that users know --------------------------------------------------------------------------------
@@ -259,6 +274,7 @@ def schedules(
     piece: Callable[[int], Sequence[Tensor]],
     count: int,
     sizes: Sequence[float],
+    one_by_one: bool | None = None,
 ) -> list[Schedule]:
     """Every way to take one training step, ours and the exact recipes, with what it is predicted to need.
 
@@ -267,6 +283,7 @@ def schedules(
         piece: the largest of so many pieces of it.
         count: how many micro-batches.
         sizes: of the micro-batches, relative to the largest.
+        one_by_one: the order of an exact step; ``None`` for the better one.
 
     Raises:
         LivenessError: a program cannot run on fake tensors.
@@ -292,6 +309,10 @@ def schedules(
     made = arrange(weights, variant, piece, count)
     local = drop_in_peaks(weights, variant, tensors, ("local",))["local"]
     once = _simulate.local_serial(costs, 1)
+    if one_by_one is None:
+        found = _simulate.best_bp(small, count, sizes)[0]
+    else:
+        found = _simulate.bp_serial(small, count, sizes, one_by_one)
     rows = [
         exact("bp", "BP", predict_bp(captured, tensors)),
         exact("ac", "BP + checkpointing (AC)", predict_checkpointed(captured, segments, tensors, False)),
@@ -312,7 +333,7 @@ def schedules(
             False,
         ),
         ours("refresh_serial", "refresh, block by block", made.refresh, made.refresh_pieces, False),
-        ours("bp_serial", "BP, block-serial", _simulate.bp_serial(small, count, sizes), count, True),
+        ours("bp_serial", "BP, block-serial", found, count, True),
     ]
     return rows
 

@@ -7,6 +7,7 @@ sweep steps and frees a block's gradient before it asks for the next, so one blo
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -188,7 +189,10 @@ def local_sweep(pieces: Sequence[Piece], groups: Sequence[Sequence[int]]) -> Ite
 
 
 def bp_sweep(
-    pieces: Sequence[Piece], passed: Callable[[Piece, int], None] | None = None, keep: frozenset[str] = frozenset()
+    pieces: Sequence[Piece],
+    passed: Callable[[Piece, int], None] | None = None,
+    keep: frozenset[str] = frozenset(),
+    one_by_one: bool = False,
 ) -> Iterator[tuple[int, Grads]]:
     """Every block's BP gradient over all pieces, from the last block to the first.
 
@@ -196,27 +200,46 @@ def bp_sweep(
         pieces: the micro-batches.
         passed: called in the forward sweep when a piece has passed a block, with the block's index.
         keep: values that ``passed`` or the caller wants.
+        one_by_one: take every piece through both sweeps before the next one begins. The boundaries of one piece exist
+            at a time, and in exchange the gradients of all blocks, until the last piece completes them.
     """
+    totals: defaultdict[int, Grads] = defaultdict(dict)
+    if one_by_one:
+        for piece in pieces[:-1]:
+            for _ in _there_and_back([piece], totals, passed, keep):
+                pass
+            for name in piece.values.keys() - piece.kept:
+                del piece.values[name]
+        pieces = pieces[-1:]
+    for k in _there_and_back(pieces, totals, passed, keep):
+        yield k, totals.pop(k)
+
+
+def _there_and_back(
+    pieces: Sequence[Piece],
+    totals: defaultdict[int, Grads],
+    passed: Callable[[Piece, int], None] | None,
+    keep: frozenset[str],
+) -> Iterator[int]:
+    """The forward and the reverse sweep; gives the index of every block whose gradient is in ``totals``."""
     stages = pieces[0].stages
     for k in range(len(stages) - 1):
         for piece in pieces:
             piece.forward(piece.stages[k], keep)
             if passed is not None:
                 passed(piece, k)
-    total: Grads = {}
     for piece in pieces:
-        piece.last(piece.stages[-1], adder(total, 1.0), keep)
+        piece.last(piece.stages[-1], adder(totals[len(stages) - 1], 1.0), keep)
     final = get_rng_state() if any(p.states for p in pieces) else ()
     try:
-        yield len(stages) - 1, total
+        yield len(stages) - 1
         for k in range(len(stages) - 2, -1, -1):
             if stages[k].vjp is None:
                 continue
-            total = {}
             for i, piece in enumerate(pieces):
                 if i + 1 < len(pieces):
                     pieces[i + 1].prefetch(pieces[i + 1].stages[k])
-                piece.vjp(piece.stages[k], adder(total, 1.0))
-            yield k, total
+                piece.vjp(piece.stages[k], adder(totals[k], 1.0))
+            yield k
     finally:
         set_rng_state(final)

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 from bpfx._costs import Categories, Cost, StageCosts
 
+# Of two orders of a BP step, the other one has to be that much smaller: draws come in another order in it, and should
+# not depend on roundings of a prediction.
+MARGIN = 0.98
+
 
 @dataclasses.dataclass
 class Simulation:
@@ -47,6 +51,11 @@ class _Live:
     def drop(self, piece: int, names: Sequence[str]) -> None:
         for name in names:
             self.now["boundaries"] -= self.values.pop((piece, name), 0)
+
+    def forget(self, pieces: range) -> None:
+        """Drop what is left of these pieces."""
+        for piece, name in [key for key in self.values if key[0] in pieces]:
+            self.drop(piece, [name])
 
     def grads(self, size: int) -> None:
         self.now["gradients"] += size
@@ -90,7 +99,7 @@ def local_serial(
 
 
 def singly(count: int) -> list[range]:
-    """One block at a time."""
+    """One at a time."""
     return [range(k, k + 1) for k in range(count)]
 
 
@@ -134,27 +143,61 @@ def best_groups(costs: Sequence[StageCosts], pieces: int) -> list[range]:
     return groups if local_serial(costs, pieces, groups).peak < alone else singly(count)
 
 
-def bp_serial(costs: Sequence[StageCosts], pieces: int, sizes: Sequence[float] | None = None) -> Simulation:
+def bp_serial(
+    costs: Sequence[StageCosts],
+    pieces: int,
+    sizes: Sequence[float] | None = None,
+    one_by_one: bool = False,
+    heads: bool = False,
+) -> Simulation:
     """One BP step of the block-serial trainer: the boundaries of all micro-batches wait for the reverse sweep.
 
-    Arguments as for :func:`local_serial`.
+    Args:
+        costs, pieces, sizes: as for :func:`local_serial`.
+        one_by_one: every micro-batch makes both sweeps before the next one, the gradients of all blocks are kept.
+        heads: whether the heads go on learning, as in the exact steps of an offset.
     """
     live = _Live(sizes)
-    _forward(live, costs, range(pieces))
-    for k in range(len(costs) - 1, -1, -1):
-        c = costs[k]
-        if c.stage.vjp is None:
-            continue
-        cost = c.vjp(keep=pieces == 1)
-        held = cost.gradients if pieces > 1 else 0
-        for i in range(pieces):
-            _pull(live, c, cost, k, i)
-            if i == 0:
-                live.grads(held)
-        live.grads(cost.gradients - held)
-        _optimizer(live, c, k)
-        live.grads(-cost.gradients)
+    held: dict[int, Categories] = {}
+    late = _Late(costs, heads)
+    parts = singly(pieces) if one_by_one else [range(pieces)]
+    for part in parts:
+        _forward(live, costs, part, held if heads else None)
+        for k in range(len(costs) - 1, -1, -1):
+            c = costs[k]
+            if c.stage.vjp is not None:
+                cost = c.vjp(keep=pieces == 1)
+                for i in part:
+                    _pull(live, c, cost, k, i)
+                    _hold(live, held, k, "gradients", cost.gradients)
+            if part is parts[-1]:
+                late.stepped(live, held, k)
+        if one_by_one:
+            live.forget(part)
     return live.best
+
+
+def best_bp(
+    costs: Sequence[StageCosts],
+    pieces: int,
+    sizes: Sequence[float] | None = None,
+    heads: bool = False,
+    together: bool = False,
+) -> tuple[Simulation, bool]:
+    """The BP step with the smaller peak, and whether it takes the micro-batches one by one.
+
+    Where boundaries outweigh gradients, as in a convolutional network, one by one is smaller, and for most transformers
+    all of them together.
+
+    Args:
+        costs, pieces, sizes, heads: as for :func:`bp_serial`.
+        together: there is no choice.
+    """
+    found = bp_serial(costs, pieces, sizes, heads=heads)
+    if together or pieces == 1:
+        return found, False
+    single = bp_serial(costs, pieces, sizes, one_by_one=True, heads=heads)
+    return (single, True) if single.peak < MARGIN * found.peak else (found, False)
 
 
 def refresh(costs: Sequence[StageCosts], pieces: int) -> Simulation:
@@ -186,7 +229,10 @@ def refresh(costs: Sequence[StageCosts], pieces: int) -> Simulation:
     return live.best
 
 
-def _forward(live: _Live, costs: Sequence[StageCosts], pieces: range) -> None:
+def _forward(
+    live: _Live, costs: Sequence[StageCosts], pieces: range, held: dict[int, Categories] | None = None
+) -> None:
+    """The forward sweep; with ``held``, heads learn from what passes by, and their gradients are noted there."""
     read = {n for c in costs for n in c.stage.dead_after_reverse}
     for k, c in enumerate(costs[:-1]):
         for i in pieces:
@@ -194,6 +240,48 @@ def _forward(live: _Live, costs: Sequence[StageCosts], pieces: range) -> None:
             for name, size in c.outputs.items():
                 if name in read:
                     live.put(i, name, size)
+            if held is not None and c.head is not None:
+                live.run(c.head, k, "head")
+                _hold(live, held, k, "heads", c.head_bytes)
+
+
+def _hold(live: _Live, held: dict[int, Categories], k: int, category: str, size: int) -> None:
+    """Gradients of block k that wait for its optimizer step; there is one set of them."""
+    if category not in held.setdefault(k, {}):
+        held[k][category] = size
+        live.now[category] += size
+
+
+class _Late:
+    """Frees gradients when the optimizer has used them: those of a parameter that several blocks read, at the last one.
+
+    Args:
+        costs: of all blocks.
+        heads: whether the optimizers are those of a local run, where all of a block waits for such a parameter.
+    """
+
+    def __init__(self, costs: Sequence[StageCosts], heads: bool) -> None:
+        self.costs, self.heads = costs, heads
+        self.first: dict[str, int] = {}
+        for c in reversed(costs):
+            self.first |= dict.fromkeys(c.trainable, c.stage.index)
+        self.waiting: dict[int, Categories] = {}  # by the block that is the last to give a gradient
+
+    def stepped(self, live: _Live, held: dict[int, Categories], k: int) -> None:
+        c = self.costs[k]
+        found = held.pop(k, {})
+        tied = {n: size for n, size in c.trainable.items() if self.first[n] < k}
+        if tied:
+            last = min(self.first[n] for n in tied)
+            later = found if self.heads else {"gradients": min(sum(tied.values()), found.get("gradients", 0))}
+            found = {name: size - later.get(name, 0) for name, size in found.items()}
+            into = self.waiting.setdefault(last, {})
+            for name, size in later.items():
+                into[name] = into.get(name, 0) + size
+        _optimizer(live, c, k)
+        for categories in (found, self.waiting.pop(k, {})):
+            for name, size in categories.items():
+                live.now[name] -= size
 
 
 def _pull(live: _Live, c: StageCosts, cost: Cost, k: int, piece: int) -> None:

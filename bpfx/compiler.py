@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +14,21 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bpfx._alone import alone
+from bpfx._arguments import OWN, check_loss_fn, check_model, parse_bytes
 from bpfx._budget import within_budget
 from bpfx._logging import logger
 from bpfx._offset_state import OffsetState
-from bpfx._predict import Table, arrange, block_peaks, costs_of, drop_in_peaks, ordered, predict_bp, schedules
-from bpfx._sharded import refuse_divided
-from bpfx._simulate import singly
+from bpfx._predict import (
+    Arrangement,
+    Table,
+    arrange,
+    block_peaks,
+    costs_of,
+    drop_in_peaks,
+    ordered,
+    predict_bp,
+    schedules,
+)
 from bpfx._variant import Variant
 from bpfx.errors import BpfxError, BpfxWarning, suggest
 from bpfx.losses import Assignment, Choice
@@ -41,7 +48,6 @@ from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
 # "auto" looks for the fewest blocks whose local step stays below this share of plain BP's predicted peak.
 AUTO_SHARE = 0.245
 BACKENDS = ("eager", "inductor")
-OWN = "local"  # as loss_fn: the local loss judges the model's output, too
 LocalLosses = Choice | Mapping[Any, Choice]
 
 
@@ -236,9 +242,8 @@ class Compiler:
     def _own_loss(self, tensors: Sequence[Tensor]) -> OwnLoss:
         """The local loss on the model's output, which a first capture shows."""
         if not self.assignment.label_free:
-            wanting = next(loss.name for loss in self.assignment.losses if not loss.label_free)
             raise BpfxError(
-                f"loss_fn={OWN!r} trains without targets, but the local loss {wanting!r} needs a task loss; "
+                f"loss_fn={OWN!r} trains without targets, but {self.assignment.wanting()} needs a task loss; "
                 "pass a loss_fn and targets, or a label-free local loss"
             )
         own = OwnLoss(self.assignment.of(-1, ()))
@@ -381,31 +386,42 @@ class Compiler:
 
     @alone
     @uncached()
-    def arrange(self, count: int) -> tuple[list[range], int, int | None]:
-        """How the block-serial trainer runs ``count`` micro-batches of the example.
+    def arrange(self, count: int, together: bool, heads: bool) -> Arrangement | None:
+        """How the block-serial trainer runs ``count`` micro-batches of the example, and what its steps need.
+
+        Args:
+            together: an exact step runs all micro-batches of a block together in any case.
+            heads: whether there are local steps, and heads that learn.
 
         Returns:
-            Blocks that a micro-batch passes in one go in the local step, the pieces of a refresh, and the predicted
-            peak of an exact BP step in bytes (``None``: not predicted).
+            ``None`` where there is nothing to choose, or nothing can be predicted.
         """
-        variant = self.main
-        if count > 1:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                batch = [
-                    torch.empty(shape, dtype=t.dtype, device=t.device)
-                    for shape, t in zip(self.spec.shapes, self.example, strict=True)
-                ]
-            try:
-                made = arrange(self.weights, variant, functools.partial(self.spec.largest, batch), count)
-                return made.groups, made.refresh_pieces, made.exact.peak
-            except LivenessError:
-                pass  # one block at a time is right, too
-        return singly(len(variant.stages)), count, None
+        if count == 1:
+            return None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            batch = [
+                torch.empty(shape, dtype=t.dtype, device=t.device)
+                for shape, t in zip(self.spec.shapes, self.example, strict=True)
+            ]
+        try:
+            piece = functools.partial(self.spec.largest, batch)
+            return arrange(self.weights, self.main, piece, count, together, heads)
+        except LivenessError:
+            return None
 
     @alone
     @uncached()
-    def schedules(self, tensors: Sequence[Tensor], micro_batches: int, offset: Offset | None = None) -> list[Schedule]:
+    def schedules(
+        self,
+        tensors: Sequence[Tensor],
+        micro_batches: int,
+        offset: Offset | None = None,
+        one_by_one: bool | None = None,
+    ) -> list[Schedule]:
         """Predictions of every way to take a step on a batch of these shapes.
+
+        Args:
+            one_by_one: the order of an exact step; ``None`` for the better one.
 
         Raises:
             BpfxError: an operator cannot be predicted.
@@ -419,7 +435,8 @@ class Compiler:
             with normalise.undone(variant.captured.graph):
                 found = self._found
                 table = Table(variant.captured, variant, found, size)
-                return schedules(table, tensors, functools.partial(self.spec.largest, tensors), len(sizes), relative)
+                piece = functools.partial(self.spec.largest, tensors)
+                return schedules(table, tensors, piece, len(sizes), relative, one_by_one)
         except LivenessError as error:
             raise BpfxError(f"no prediction: {error}") from error
 
@@ -427,51 +444,6 @@ class Compiler:
 def _log_capture(captured: Captured) -> None:
     for line in captured.graph.log:
         logger("capture").info("%s", line)
-
-
-def check_loss_fn(loss_fn: Any) -> LossFn | None:
-    """Raise unless it can be a loss."""
-    if isinstance(loss_fn, str) or not (loss_fn is None or callable(loss_fn)):
-        raise BpfxError(
-            f"loss_fn={loss_fn!r}: pass loss_fn(output, target), None for a model that returns its loss, "
-            f"or {OWN!r} for a label-free local loss without targets"
-        )
-    return loss_fn
-
-
-def check_model(model: Any) -> None:
-    """Raise unless ``model`` is a module that can be converted."""
-    from bpfx.step import Step
-
-    if isinstance(model, Step):
-        raise BpfxError("this model is converted already; call the step, or convert step.model anew")
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    if isinstance(model, wrapped):
-        raise BpfxError(
-            f"the model is wrapped in {type(model).__name__}; convert the model inside it, model.module, instead"
-        )
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise BpfxError(
-            "the model is wrapped by torch.compile; convert the original module and pass compile='inductor'"
-        )
-    if not isinstance(model, nn.Module):
-        raise BpfxError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
-    refuse_divided(model, "convert first, then call fully_shard on modules of step.model")
-
-
-def parse_bytes(size: float | str) -> int:
-    """``"2GiB"``, ``"500 MB"`` or a number of bytes.
-
-    Example:
-        >>> parse_bytes("1.5 KiB")
-        1536
-    """
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    text = f"{size:.0f}" if isinstance(size, float) and math.isfinite(size) else str(size)
-    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if isinstance(size, bool) or match is None or match[2].lower() not in units or float(match[1]) <= 0:
-        raise BpfxError(f"memory_budget={size!r}: pass bytes as a number, or a size such as '2GiB' or '500MB'")
-    return int(float(match[1]) * units[match[2].lower()])
 
 
 def _crossings(nodes: Sequence[fx.Node], block: lower.Block) -> list[Crossing]:

@@ -85,9 +85,12 @@ class Learning:
         gains = self.gains()
         # All standing still may be a small learning rate; one that stands still while another learns is stuck.
         learning = any(gain > 0.05 for gain in gains.values())
-        still = [k for k, gain in gains.items() if gain < 0.01 and learning and self._seen >= PATIENCE]
+        late = learning and self._seen >= PATIENCE
+        idle = [k for k, mean in means.items() if mean == 0 == self.first.get(k) and late]
+        still = [k for k, gain in gains.items() if gain < 0.01 and late and k not in idle]
         slow = f"does not learn: in {self._seen * WINDOW} calls its local loss fell by less than 1 %, others' by more"
-        for words, blocks in (("has a local loss that is NaN or infinite", lost), (slow, still)):
+        empty = "has a local loss of 0 all along: there is nothing to learn there, or nothing to compare with"
+        for words, blocks in (("has a local loss that is NaN or infinite", lost), (slow, still), (empty, idle)):
             fresh = [k for k in blocks if k not in self._told]
             self._told.update(fresh)
             if fresh:

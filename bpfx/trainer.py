@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bpfx import _shelf
 from bpfx._alone import alone
 from bpfx._correction import EXACT, REFRESH
 from bpfx._exact import exact_sweep
@@ -21,6 +22,7 @@ from bpfx._parallel import Ranks, idle_sweep, ranks_of_trainer, summed
 from bpfx._refresh import restore_statistics, running_statistics
 from bpfx._serial import Piece, bp_sweep, local_sweep
 from bpfx._sharded import refuse_divided
+from bpfx._simulate import singly
 from bpfx._stepping import BlockOptimizers, OptimizerFactory, SchedulerFactory
 from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.memory import format_bytes
@@ -41,7 +43,8 @@ class BlockTrainer:
 
     Gradient accumulation, clipping, schedulers and freeing gradients early compose here, because a block's gradient is
     complete while no other block's exists. The memory of a local step hardly grows with the depth of the model; exact
-    BP steps, which the default offset takes where stored offsets would not last, store the boundaries of the batch.
+    BP steps, which the default offset takes where stored offsets would not last, store the boundaries of the batch, or
+    with micro-batches, where that is less, those of one of them and the gradients of all blocks.
 
     Args:
         step: what :func:`bpfx.convert` returned.
@@ -58,7 +61,8 @@ class BlockTrainer:
         lr_scheduler: makes one block's learning-rate scheduler from its optimizer; stepped once per step
             (``ReduceLROnPlateau`` with the loss).
         mode: ``"local"`` (local gradients, with offsets where the step has them) or ``"bp"`` (exact back-propagation:
-            a forward sweep stores the boundaries, a reverse sweep recomputes one block at a time).
+            a forward sweep stores the boundaries, a reverse sweep recomputes one block at a time; for all micro-batches
+            together or for one after the other, whatever is predicted to need less).
         state_device: where optimizer state and offsets of idle blocks live, ``"cpu"`` to keep them out of an
             accelerator's memory; fetched one block ahead. ``None``: on the parameters' device.
         parameter_device: the same for the parameters of idle blocks; they are used by forward passes as well, so this
@@ -139,10 +143,17 @@ class BlockTrainer:
         self.broken: str | None = None
         # From the example batch, so that a resumed run passes the blocks (and draws random numbers) in the same order.
         self._complete_at = compiler.complete_at(self._named) if mode == "local" else {}
-        self._groups, self._refresh_pieces, exact = (
-            compiler.arrange(micro_batches) if mode == "local" else ([], 1, None)
+        device = next(iter(parameters.values())).device
+        self._together = any(
+            home is not None and _shelf.moves(device, home) for home in (self._boundary_home, parameter_home)
         )
-        self._keep_budget(exact)
+        made = compiler.arrange(micro_batches, self._together, mode == "local")
+        # One block at a time is right where nothing is predicted, too.
+        self._groups = made.groups if made is not None else singly(len(compiler.main.stages))
+        self._refresh_pieces = made.refresh_pieces if made is not None else micro_batches
+        self._one_by_one = made is not None and made.one_by_one
+        if made is not None and mode == "local":
+            self._keep_budget(made.exact.peak)
 
     @property
     def optimizers(self) -> dict[int, torch.optim.Optimizer]:
@@ -222,10 +233,10 @@ class BlockTrainer:
         step.iteration += 1
         return loss
 
-    def _keep_budget(self, exact: int | None) -> None:
+    def _keep_budget(self, exact: int) -> None:
         """Rule out exact steps where the memory budget holds for local steps and refreshes only."""
         budget, correction = self.converted.plan.budget, self.converted._correction
-        if budget is None or exact is None or exact <= budget or correction is None or not correction.rule.exact:
+        if budget is None or exact <= budget or correction is None or not correction.rule.exact:
             return
         correction.rule.never_exact()
         warnings.warn(
@@ -248,7 +259,8 @@ class BlockTrainer:
         """
         compiler = self.converted._compiler
         tensors = compiler.spec.flatten(args, kwargs)
-        return {s.name: s for s in compiler.schedules(tensors, self.micro_batches, self.converted.offset)}
+        found = compiler.schedules(tensors, self.micro_batches, self.converted.offset, self._one_by_one)
+        return {s.name: s for s in found}
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -267,10 +279,10 @@ class BlockTrainer:
             yield from idle_sweep(compiler.main.stages, kind, self.mode == "local", loss)
             return
         if self.mode == "bp":
-            for k, grads in bp_sweep(pieces):
+            for k, grads in bp_sweep(pieces, one_by_one=self._one_by_one):
                 yield k, grads, None
         elif kind == EXACT:
-            yield from exact_sweep(pieces)
+            yield from exact_sweep(pieces, one_by_one=self._one_by_one)
         else:
             yield from local_sweep(pieces, self._groups)
         losses = [p.loss * p.share for p in pieces if p.loss is not None]
@@ -407,7 +419,8 @@ class BlockTrainer:
         """Everything that a resumed run needs: model, heads, offsets, schedule, optimizers, schedulers."""
         with self.resident():
             self._idle.settle()
-            return {"step": self.converted.state_dict(), "mode": self.mode, **self._blocks.state_dict()}
+            own = {"mode": self.mode, "one_by_one": self._one_by_one, **self._blocks.state_dict()}
+            return {"step": self.converted.state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; a broken trainer is whole again afterwards.
@@ -425,6 +438,8 @@ class BlockTrainer:
             self.converted.load_state_dict(state["step"])
             self._blocks.load_state_dict(state)
             self._idle.park()
+        # With it random numbers are drawn in another order.
+        self._one_by_one = bool(state.get("one_by_one", self._one_by_one)) and not self._together
         self.broken = None
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from bpfx.errors import BpfxError
-from bpfx.losses import Predictor, TailHead
+from bpfx.losses import Feature, Predictor, TailHead
 from bpfx.passes.alias import Aliases, analyse
 from bpfx.passes.graph import ModelGraph, Weights, is_differentiable_dtype, module_path, tensor_bytes
 from bpfx.passes.lower import Block
@@ -312,6 +312,9 @@ class DownstreamHead(Predictor):
         self.description = f"{len(parts)} copied part{'s' if len(parts) > 1 else ''}: {names}" + (
             f"; {len(self.borrows)} weights borrowed" if self.borrows else ""
         )
+
+    def place(self, feature: Feature) -> None:
+        """The copies are where the model's own weights are, in their dtypes."""
 
     def predict(self, *values: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self._static is not None and values[0].shape[self._static[0]] != self._static[1]:

@@ -51,7 +51,8 @@ def insert_heads(
     """
     starts = {b.index: blocks[b.index - horizon + 1] for b in blocks[:-1] if b.index >= horizon - 1}
     training = {k: start for k, start in starts.items() if start.trainable}
-    assignment.check([(start.index, start.modules, start.name) for start in training.values()])
+    # The last ones of a longer horizon have the task loss, whatever was chosen for them.
+    assignment.check([(b.index, b.modules, b.name) for b in blocks[:-1] if b.trainable])
     return nn.ModuleList(
         _head(graph, weights, block, training[block.index], len(blocks), predictions, assignment)
         if block.index in training
@@ -155,12 +156,18 @@ def _head(
         count=count,
         inputs=[feature(graph, n) for n in graph.inputs if n is not None],
         labels=class_labels(graph, predictions),
+        answers=answers(graph, predictions),
         entering=[feature(graph, n) for n in entering(first)],
         tail=_tail(graph, weights, block, first, nodes, predictions),
         last_linear=(weights[linear[0]], weights[linear[1]] if linear[1] else None) if linear else None,
         downstream=downstream.maker(graph, weights, first, block, nodes, predictions),
     )
-    return assignment.of(first.index, first.modules).loss.head(boundary)
+    loss = assignment.of(first.index, first.modules).loss
+    head = loss.head(boundary)
+    if not isinstance(head, Head):
+        raise BpfxError(f"the local loss {loss.name!r} built a {type(head).__name__}; head() must return a losses.Head")
+    head.place(boundary.feature)
+    return head
 
 
 def _tail(
@@ -195,6 +202,14 @@ def class_labels(graph: ModelGraph, predictions: list[fx.Node]) -> int | None:
         if isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int64, torch.int32, torch.uint8):
             found.append(i)
     return found[0] if len(found) == 1 else None
+
+
+def answers(graph: ModelGraph, predictions: list[fx.Node]) -> tuple[int, ...]:
+    """Positions of the inputs that the loss reads and the predictions do not depend on."""
+    suffix = tail.loss_program(graph, predictions) if predictions else None
+    everything = set(graph.graph.nodes)
+    seen = {n for p in predictions for n in _behind(p, everything)}
+    return tuple(i for i in (suffix.inputs if suffix is not None else ()) if graph.inputs[i] not in seen)
 
 
 def feature(graph: ModelGraph, node: fx.Node) -> Feature:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from bpfx.errors import BpfxError
 from bpfx.losses import Given, Head, Weighted
 from bpfx.passes.graph import HEADS, Weights
 from bpfx.passes.lower import Block
@@ -65,7 +66,8 @@ class BoundaryLoss(nn.Module):
         self.block, self.name, self.weight = block, weighted.loss.name, weighted.weight
         self.inputs = frozenset((*head.inputs, *(task.inputs if task is not None else ())))
         self.reads = frozenset((*head.borrows, *(task.names if task is not None else ())))
-        self.random = head.random or (task is not None and task.random)
+        dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in head.modules())
+        self.random = head.random or dropout or (task is not None and task.random)
         self.parameter_names = [f"{HEADS}{block}.{name}" for name, _ in head.named_parameters()]
         self.tensor_names = self.parameter_names + [f"{HEADS}{block}.{name}" for name, _ in head.named_buffers()]
 
@@ -100,6 +102,9 @@ class BoundaryLoss(nn.Module):
         with uncached():
             loss: Tensor = torch.func.functional_call(self.head, swapped, (given,)) if swapped else call(given)
         set_rng_state(state)
+        if not isinstance(loss, Tensor) or loss.dim():
+            shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BpfxError(f"the head of {self.name!r} behind block {self.block} gave {shown}, not a 0-dim tensor")
         return loss if self.weight == 1.0 else loss * self.weight
 
 

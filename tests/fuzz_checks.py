@@ -398,23 +398,26 @@ def _plain_micro(recipe: Recipe, start: dict[str, Any], count: int) -> Net:
 
 
 def check_trainer(recipe: Recipe, step: bpfx.Step, start: dict[str, Any]) -> None:
-    """`BlockTrainer(mode="bp")` in two micro-batches is the plain loop over them."""
-    if recipe.random:
-        return  # micro-batches draw block by block, a loop draws batch by batch
+    """`BlockTrainer(mode="bp")` in two micro-batches is the plain loop over them, in both orders.
+
+    Random draws are the loop's only where each micro-batch makes both sweeps before the next.
+    """
     try:
         trainer = bpfx.BlockTrainer(step, SGD, micro_batches=2, mode="bp")
     except bpfx.BpfxError as error:
         assert "does not follow from those of its micro-batches" in str(error)
         return
+    seed_all()
     twin = _plain_micro(recipe, start, 2)
-    run(trainer.step, fuzz_model.batch_of(recipe))
     names = dict(twin.named_parameters())
     was = {n: start[f"model.{n}"] for n in names}
     moved = {n: p.detach() - was[n] for n, p in names.items()}
-    found = {n: p.detach() - was[n] for n, p in step.model.named_parameters()}
-    assert_gradients(found, moved, 1e-5)
-    assert_buffers(buffers(step.model), buffers(twin))
-    step.load_state_dict(start)
+    for trainer._one_by_one in (True,) if recipe.random else (True, False):
+        run(trainer.step, fuzz_model.batch_of(recipe))
+        found = {n: p.detach() - was[n] for n, p in step.model.named_parameters()}
+        assert_gradients(found, moved, 1e-5)
+        assert_buffers(buffers(step.model), buffers(twin))
+        step.load_state_dict(start)
 
 
 def check_resume(recipe: Recipe, step: bpfx.Step, start: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import bpfx
 from bpfx.losses import Given, Head, LocalLoss, Views
 from bpfx.losses.forward_forward import ForwardForward, LengthNorm
 from bpfx.losses.gim import GIM
+from bpfx.losses.infopro import InfoPro
 from bpfx.losses.loco import LoCo
 
 
@@ -86,15 +87,17 @@ def test_trains_a_model(name: str) -> None:
         torch.testing.assert_close(result.loss, F.cross_entropy(model(x), y).detach())
         for (parameter, _), grad in zip(model.named_parameters(), expected, strict=True):
             torch.testing.assert_close(result.grads[parameter], grad, rtol=1e-4, atol=1e-6)
+    scores = step.evaluate_blocks(x, y)
+    assert (scores[0].accuracy is not None) == (name in ("loco, supervised", "channels")), "they tell classes apart"
     before = local_loss(step, x, y)
     train(step, (x, y))
     assert local_loss(step, x, y) < before
     assert math.isfinite(step(*batch(5)).item())
 
 
-@pytest.mark.parametrize("name", ["loco", "gim"])
+@pytest.mark.parametrize("name", ["loco", "gim", "infopro"])
 def test_trains_without_labels(name: str) -> None:
-    (x, _), loss = batch(), IN_A_MODEL[name]()
+    (x, _), loss = batch(), IN_A_MODEL[name]() if name in IN_A_MODEL else InfoPro(task=(0, 0))
     step = convert(Net(classes=0), "local", (x,), loss)
     assert bpfx.audit(step).ok and not bpfx.audit(step, cut=False).ok
     before = local_loss(step, x)
@@ -193,6 +196,8 @@ def test_gim_on_a_causal_language_model() -> None:
 CONVERSIONS: list[tuple[Callable[[], Any], str]] = [
     (lambda: convert(Net(), F.cross_entropy, batch(), LoCo()), r"LoCo\(augment=.*Views"),
     (lambda: convert(Net(), F.cross_entropy, batch(), ForwardForward()), r"ForwardForward\(classes=3\)"),
+    (lambda: convert(Net(12), F.cross_entropy, batch(), ForwardForward()), r"predicts 12; pass .*\(classes=12\)"),
+    (lambda: convert(Net(), F.cross_entropy, batch(), ForwardForward("channels", classes=2)), "predicts 3 classes"),
     (lambda: convert(Net(), "local", (batch()[0],), GIM(2)), "one position only"),
     (lambda: convert(Net(), "local", (batch()[0],), ForwardForward(classes=3)), "needs a task loss|loss_fn"),
     (lambda: convert(Net(width=2), F.cross_entropy, batch(), ForwardForward("channels")), "cannot group into 3"),

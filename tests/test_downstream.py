@@ -167,6 +167,24 @@ def test_parts_of_the_first_head_chain(name: str, depth: int, wanted: list[str])
     assert set(result.grads) >= {f"bpfx.heads.{n}" for n, _ in step.heads.named_parameters()}
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_head_of_some_parts_is_those_parts_and_the_readout(depth: int) -> None:
+    """Against the layers called by hand, picked by the paper's rule."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)), nn.Linear(6, 3)).double()
+    x, y = torch.randn(8, 6).double(), torch.arange(8) % 3
+    step = convert(zoo.outside(net, x, y), ["1", "2"], AugLocal(f"downstream:{depth}", pyramid=None))
+    result = step.run_local(x, y)
+    z = net[0](x)
+    for i in range(1, depth + 1):
+        z = net[round(5 * i / depth)](z)
+    local = F.cross_entropy(net[6](z), y)
+    torch.testing.assert_close(result.local_losses[0], local.detach())
+    named = dict(net[0].named_parameters())
+    expected = dict(zip(named, torch.autograd.grad(local, list(named.values())), strict=True))
+    assert_gradients({n: result.grads[f"0.{n}"] for n in named}, expected)
+
+
 def test_stochastic_depth_stays_and_is_the_heads_own() -> None:
     case = zoo.ZOO["timm_vit"].case()
     step = convert(case, list(zoo.ZOO["timm_vit"].cuts))

@@ -375,7 +375,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: ForwardForward(theta=-1), "theta=-1"),
     (lambda: ForwardForward(alpha=math.inf), "alpha=inf"),
     (lambda: ForwardForward(classes=1), "classes=1 must be"),
-    (lambda: ForwardForward(classes=5).expand([X, Y], 0, [1]), r"but one is 9; pass .*ForwardForward\(classes=10\)"),
+    (lambda: ForwardForward(classes=5).expand([X, Y], 0, [1]), r"but one is 9; pass .*the task has, 10 or more"),
     (lambda: ForwardForward().expand([X, Y - 9], 0, [1]), "but one is -9"),
     (lambda: ForwardForward().expand([X, Y], 0, []), "found targets: none"),
     (lambda: ForwardForward().expand([X, X], 0, [1]), r"one integer label per sample; found targets: \(4, 1, 5, 5\)"),

@@ -23,6 +23,7 @@ from oracles import (
 from test_exactness import combine, convert, of_heads, of_model, setting
 from torch import Tensor, nn
 from torch.nn import functional as F
+from twins import case_of, cuts_of
 
 import bpfx
 from bpfx._correction import EXACT, LOCAL, REFRESH
@@ -207,6 +208,26 @@ def test_local_losses_of_exact_steps_are_those_of_all_blocks() -> None:
     assert windows[0] == pytest.approx(windows[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(("name", "horizon"), [("convnet", 1), ("convnet", 2), ("gpt2_no_mask", 1), ("unet", 2)])
+def test_heads_learn_alike_in_both_orders_of_an_exact_step(name: str, horizon: int) -> None:
+    """Heads, model, statistics and local losses; without dropout, whose draws come in another order."""
+    found = []
+    for one_by_one in (False, True):
+        case = case_of(name, 6, quiet=True, dtype=torch.float64)
+        torch.manual_seed(0)  # the heads' weights
+        step = convert(case, cuts_of(name), horizon=horizon, offset=bpfx.Offset(bounds=(1, 1)))
+        trainer = bpfx.BlockTrainer(step, functools.partial(torch.optim.SGD, lr=0.1), micro_batches=2)
+        trainer._one_by_one = one_by_one
+        for _ in range(2):
+            trainer.step(**case.batch) if isinstance(case.batch, dict) else trainer.step(*case.batch)
+        found.append((step.state_dict(), dict(trainer.local_losses)))
+        assert step._correction.kind(1) == EXACT
+    tensors = [{n: t for n, t in state.items() if isinstance(t, Tensor)} for state, _ in found]
+    assert any(n.startswith("heads.") for n in tensors[0]) or horizon > 1
+    torch.testing.assert_close(tensors[0], tensors[1], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_a_memory_budget_rules_out_exact_steps_that_do_not_fit() -> None:
     net = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(16)])
     model = nn.Sequential(net, nn.Linear(64, 4))
@@ -222,11 +243,11 @@ def test_a_memory_budget_rules_out_exact_steps_that_do_not_fit() -> None:
     assert [trainer.step(*batch) is not None and step._correction.kind(t) for t in range(1, 4)] == [LOCAL] * 3
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("micro_batches", "one_by_one"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("clip", [{}, {"clip_norm": 0.1, "clip": "global"}])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trainer_with_the_default_offset_begins_as_plain_training(
-    micro_batches: int, clip: dict[str, Any], tied: bool
+    micro_batches: int, one_by_one: bool, clip: dict[str, Any], tied: bool
 ) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)], nn.Linear(6, 3)).double()
@@ -237,6 +258,7 @@ def test_a_trainer_with_the_default_offset_begins_as_plain_training(
     step = bpfx.convert(net, F.cross_entropy, (x, y), blocks=["1", "2", "3", "4"])
     heads = copy.deepcopy(step.heads)
     trainer = bpfx.BlockTrainer(step, functools.partial(torch.optim.SGD, lr=0.1), micro_batches=micro_batches, **clip)
+    trainer._one_by_one = one_by_one
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     kinds = []
     for t in range(4):

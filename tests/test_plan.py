@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bpfx
+from bpfx import _shelf, _simulate
+from bpfx._correction import EXACT
+from bpfx._predict import costs_of
 from bpfx.memory import measure_peak
 
 SGD = functools.partial(torch.optim.SGD, lr=1e-3)
@@ -177,6 +180,90 @@ def test_early_layers_of_a_convnet_are_passed_in_one_go() -> None:
     assert grouped == pytest.approx(trainer.predict(*batch)["local_serial"].peak_bytes, rel=0.1)
     trainer._groups = [range(k, k + 1) for k in range(5)]
     assert grouped < 0.9 * measure_peak(lambda: trainer.step(*batch)).peak_bytes
+
+
+@pytest.mark.parametrize("mode", ["local", "bp"])
+@pytest.mark.parametrize(("name", "one_by_one"), [("convnet", True), ("transformer", False)])
+def test_an_exact_step_takes_the_order_with_the_smaller_peak(name: str, one_by_one: bool, mode: str) -> None:
+    """Large boundaries and small gradients: one micro-batch after the other. The reverse: all of them together."""
+    model, batch = MODELS[name]()
+    step = bpfx.convert(model, F.cross_entropy, batch, blocks=4, offset=bpfx.Offset(bounds=(1, 1)))
+    trainer = bpfx.BlockTrainer(step, SGD, micro_batches=4, mode=mode)
+    assert trainer._one_by_one is one_by_one
+    expected = step._compiler.arrange(4, False, mode == "local").exact.peak
+    without = trainer.predict(*batch)["bp_serial"].peak_bytes
+    assert expected > without if mode == "local" else expected == pytest.approx(without, rel=1e-3)
+    found = []
+    for trainer._one_by_one in (one_by_one, not one_by_one):
+        while mode == "local" and step._correction.kind(step.iteration) != EXACT:
+            trainer.step(*batch)
+        found.append(measure_peak(lambda: trainer.step(*batch), warmup=0).peak_bytes)
+    assert found[0] == pytest.approx(expected, rel=0.1)
+    assert found[0] < 0.97 * found[1]
+
+
+@pytest.mark.parametrize("where", ["boundary_device", "parameter_device"])
+def test_what_waits_elsewhere_keeps_the_micro_batches_together(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boundaries that wait on another device cost nothing here, and weights that do would be fetched again."""
+    model, batch = convnet()
+    step = bpfx.convert(model, F.cross_entropy, batch, blocks=4)
+    here = bpfx.BlockTrainer(step, SGD, micro_batches=4, **{where: "cpu"})
+    assert here._one_by_one, "nothing moves"
+    monkeypatch.setattr(_shelf, "moves", lambda device, home: True)
+    elsewhere = bpfx.BlockTrainer(step, SGD, micro_batches=4, **{where: "cpu"})
+    assert not elsewhere._one_by_one
+    elsewhere.load_state_dict(here.state_dict())
+    assert not elsewhere._one_by_one
+    assert elsewhere.predict(*batch)["bp_serial"].peak_bytes > 1.3 * here.predict(*batch)["bp_serial"].peak_bytes
+
+
+def test_a_trainer_predicts_the_order_that_it_has() -> None:
+    """It is chosen for the example batch, kept for others, and taken over by a run that is resumed."""
+    model, (x, y) = transformer()
+    step = bpfx.convert(model, F.cross_entropy, (x, y), blocks=4, offset=None)
+    trainer = bpfx.BlockTrainer(step, SGD, micro_batches=4, mode="bp")
+    assert not trainer._one_by_one
+    larger = x.repeat(8, 1, 1), y.repeat(8)
+    for trainer._one_by_one in (False, True):
+        predicted = trainer.predict(*larger)["bp_serial"].peak_bytes
+        assert measure_peak(lambda: trainer.step(*larger)).peak_bytes == pytest.approx(predicted, rel=0.1)
+    resumed = bpfx.BlockTrainer(step, SGD, micro_batches=4, mode="bp")
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed._one_by_one
+
+
+class Tower(nn.Module):
+    """Frozen layers on an input of their own, in between; the embedding is tied to the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.frozen = nn.Embedding(300, 64), nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+        self.layers, self.out = nn.ModuleList(nn.Linear(64, 64) for _ in range(3)), nn.Linear(64, 300, bias=False)
+        self.frozen.requires_grad_(False)
+        self.out.weight = self.e.weight
+
+    def forward(self, ids: Tensor, z: Tensor) -> Tensor:
+        x = self.e(ids)
+        for layer, frozen in zip(self.layers, self.frozen, strict=True):
+            z = torch.tanh(frozen(z))
+            x = torch.tanh(layer(x) + z)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("mode", ["local", "bp"])
+def test_tied_and_frozen_parts_are_predicted_in_both_orders(mode: str, one_by_one: bool) -> None:
+    torch.manual_seed(0)
+    batch = torch.randint(300, (256,)), torch.randn(256, 64), torch.randint(300, (256,))
+    cuts = ["frozen.0", "layers.0", "frozen.1", "layers.1", "frozen.2", "layers.2"]
+    step = bpfx.convert(Tower(), F.cross_entropy, batch, blocks=cuts, offset=bpfx.Offset(bounds=(1, 1)))
+    trainer = bpfx.BlockTrainer(step, SGD, micro_batches=4, mode=mode)
+    trainer._one_by_one = one_by_one
+    while mode == "local" and step._correction.kind(step.iteration) != EXACT:
+        trainer.step(*batch)
+    costs = costs_of(step._compiler.weights, step._compiler.main, step._compiler.spec.largest(list(batch), 4))
+    predicted = _simulate.bp_serial(costs, 4, one_by_one=one_by_one, heads=mode == "local").peak
+    assert measure_peak(lambda: trainer.step(*batch), warmup=0).peak_bytes == pytest.approx(predicted, rel=0.1)
 
 
 def test_a_refresh_takes_smaller_pieces_where_it_would_set_the_peak() -> None:

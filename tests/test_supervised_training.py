@@ -16,6 +16,7 @@ from bpfx.losses import Boundary, LocalLoss
 from bpfx.losses.dgl import DGL
 from bpfx.losses.infopro import InfoPro
 from bpfx.losses.predsim import PredSim
+from bpfx.losses.supervised import Supervised
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,11 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (refused(InfoPro(), classes=3, inputs=[LABELS]), "no input of the model is a floating-point tensor"),
     (refused(InfoPro(), inputs=[MAP]), r"no predictions.*task=\(0, 0\)"),
     (refused(InfoPro(contrast="supcon"), classes=3, inputs=[MAP]), "one integer label per sample.*contrast='ce'"),
-    (refused(InfoPro(task=(0, 0)), inputs=[MAP], index=2, count=4), "both weights 0 at block 2 of 4"),
+    (refused(InfoPro((5, 0), (0, 0)), inputs=[MAP], index=2, count=4), "both weights 0 at block 2 of 4"),
+    (refused(InfoPro((5, 0), (0, 0)), inputs=[MAP], count=1), "both weights 0 at the model's output"),
+    (refused(InfoPro(), classes=3, inputs=[LABELS, MAP], labels=1), "no input of the model is a floating-point"),
+    (refused(Supervised(), torch.randn(4), classes=3), r"\(4,\).*cut elsewhere"),
+    (refused(Supervised()), "needs predictions to make"),
 ]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.protocol import Boundary, Feature, LocalLoss, Predictor, Target, average
+from bpfx.losses.protocol import Boundary, Feature, LocalLoss, Predictor, Target, average, fitting
 from bpfx.losses.supervised import LinearHead
 
 DEPTH = 3  # layers of either half
@@ -56,20 +56,6 @@ def image_of(feature: Feature, value: Tensor) -> Tensor:
 def pool(image: Tensor, sides: Sequence[int]) -> Tensor:
     """Average-pool ``(samples, features, *positions)``, one to three dimensions of them, to the given sides."""
     return _POOL[len(sides)](image, tuple(sides))
-
-
-def fitting(name: str, boundary: Boundary, words: str = "the features of one value per sample and position") -> None:
-    """Raise where a head cannot read what crosses.
-
-    Raises:
-        BpfxError: which value, and why.
-    """
-    for f in boundary.features:
-        if f.floating is None or not 2 <= len(f.shape) <= 5 or f.batch_dim == f.channel_dim:
-            raise BpfxError(
-                f"{name} reads {words}: a floating-point tensor of 2 to 5 dimensions with samples and features apart, "
-                f"but what crosses behind block {boundary.index} is {f.name} {f.shape} {f.dtype}; cut elsewhere"
-            )
 
 
 class DGLHead(Predictor):
@@ -206,7 +192,7 @@ class DGL(LocalLoss):
         self.width = width
 
     def head(self, boundary: Boundary) -> Predictor:
-        fitting("dgl", boundary)
+        fitting("dgl", boundary, most=5)
         if not boundary.targets:
             raise BpfxError(
                 "dgl is judged by the task loss, but there are no predictions to make; pass a loss_fn and targets, or "

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss
+from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, Predictor, fitting
 from bpfx.losses.views import interleave, parts_of
 
 VARIANTS = ("goodness", "symba", "channels")
@@ -87,11 +87,12 @@ class ForwardForward(LocalLoss):
         self.rows = 1 if variant == "channels" else 3
 
     def head(self, boundary: Boundary) -> Head:
+        fitting("forward_forward", boundary)
         if self.variant == "channels":
             return ChannelHead(boundary, self.asked)
         shape = boundary.targets[0].shape if len(boundary.targets) == 1 else ()
-        if len(shape) == 2 and shape[1] < self.classes:
-            # Labels that no sample has would be wrong ones that any network tells at a glance.
+        # Labels that no sample has would be wrong ones that any network tells at a glance.
+        if len(shape) == 2 and (shape[1] < self.classes or (self.asked is None and shape[1] != self.classes)):
             raise BpfxError(
                 f"forward_forward draws wrong labels among {self.classes} classes, but the model predicts {shape[1]}; "
                 f"pass bpfx.losses.ForwardForward(classes={shape[1]})"
@@ -133,7 +134,9 @@ class ForwardForward(LocalLoss):
         low, high = (int(v) for v in torch.stack(torch.aminmax(y)).tolist()) if y.numel() else (0, 0)
         if low < 0 or high >= self.classes:
             bad = low if low < 0 else high
-            advice = f"bpfx.losses.ForwardForward(classes={high + 1})" if low >= 0 else "samples that have labels"
+            advice = "samples that have labels"
+            if low >= 0:
+                advice = f"ForwardForward(classes=…) with how many the task has, {high + 1} or more"
             raise BpfxError(
                 f"forward_forward writes labels 0 to {self.classes - 1} into images, but one is {bad}; pass {advice}"
             )
@@ -164,8 +167,10 @@ class GoodnessHead(Head):
         return (F.softplus(self.theta - right) + F.softplus(wrong - self.theta)).mean()
 
 
-class ChannelHead(Head):
+class ChannelHead(Predictor):
     """Cross-entropy over the goodness of one group of channels for each class."""
+
+    uses_task = False  # the goodness is made for one loss
 
     def __init__(self, boundary: Boundary, classes: int | None) -> None:
         super().__init__()
@@ -182,12 +187,21 @@ class ChannelHead(Head):
                     f"goodness cannot group into {self.classes} classes; use at least {self.classes} channels, or "
                     "another local loss for this block"
                 )
+        if classes is not None and boundary.targets and boundary.classes != classes:
+            raise BpfxError(
+                f"forward_forward's channels would have {classes} groups, but the model predicts {boundary.classes} "
+                "classes; leave classes out"
+            )
         first = self.features[0]
         self.description = f"{first.kind} {first.channels} → goodness of {self.classes} groups of channels"
 
+    def predict(self, *values: Tensor) -> Tensor:
+        """The goodness of every class, (samples, classes)."""
+        parts = [self._by_class(f.image(v)) for f, v in zip(self.features, values, strict=False)]
+        return torch.stack(parts).mean(0)
+
     def forward(self, given: Given) -> Tensor:
-        parts = [self._by_class(f.image(v)) for f, v in zip(self.features, given.features, strict=True)]
-        goodness = torch.stack(parts).mean(0)
+        goodness = self.predict(*given.features)
         labels = given.inputs[self.inputs[0]].long()
         kept = (labels != IGNORED).sum().clamp(min=1)  # a mean over no label would be NaN
         return F.cross_entropy(goodness, labels, ignore_index=IGNORED, reduction="sum") / kept

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss
+from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, fitting
 
 _EPS = 1e-5
 
@@ -59,6 +59,7 @@ class GIM(LocalLoss):
         self.steps, self.negatives, self.normalise = steps, negatives, normalise
 
     def head(self, boundary: Boundary) -> Head:
+        fitting("gim", boundary)
         if all(_along(f) == (0, 1) for f in boundary.features):
             shapes = ", ".join(f"{f.name} {f.shape}" for f in boundary.features)
             raise BpfxError(

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.dgl import BatchNorm, fitting, image_of
+from bpfx.losses.dgl import BatchNorm, image_of
 from bpfx.losses.predsim import classes_and_labels, unit, widened
-from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, Predictor, Target, average
+from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, Predictor, Target, average, fitting
 from bpfx.losses.supervised import LinearHead
 
 Pair = tuple[float, float]
@@ -207,7 +207,8 @@ class InfoPro(LocalLoss):
     targets, inputs are normalised as a rule, and with which mean and deviation is not known here.
 
     Args:
-        reconstruction: λ₁ at the first block and at the last but one.
+        reconstruction: λ₁ at the first block and at the last but one; ``None`` for 5 to 0, and for 5 everywhere where
+            there is nothing else to train by.
         task: λ₂ likewise. ``(0, 0)`` trains without labels (``label_free``). The defaults, 5 to 0 and 0.5 to 1, are
             those that the authors use for ResNet-110 on CIFAR-10 in two blocks at the first one (5, 0.5), and in eight
             blocks at the last but one (0, 1); they tune them for every number of blocks.
@@ -239,9 +240,10 @@ class InfoPro(LocalLoss):
 
     name = "infopro"
 
-    def __init__(self, reconstruction: Pair = (5.0, 0.0), task: Pair = (0.5, 1.0), contrast: str = "ce") -> None:
-        self.reconstruction = _pair("reconstruction", reconstruction)
+    def __init__(self, reconstruction: Pair | None = None, task: Pair = (0.5, 1.0), contrast: str = "ce") -> None:
         self.task = _pair("task", task)
+        chosen = reconstruction if reconstruction is not None else (5.0, 0.0 if any(self.task) else 5.0)
+        self.reconstruction = _pair("reconstruction", chosen)
         if contrast not in CONTRASTS:
             raise BpfxError(f"InfoPro(contrast={contrast!r}): pass one of {', '.join(map(repr, CONTRASTS))}")
         if not any(self.reconstruction) and not any(self.task):
@@ -250,13 +252,13 @@ class InfoPro(LocalLoss):
         self.label_free = not any(self.task)
 
     def weights(self, index: int, count: int) -> Pair:
-        """λ₁ and λ₂ of a block."""
-        way = min(index / (count - 2), 1.0) if count > 2 else 0.0
+        """λ₁ and λ₂ of a block; of the model's output, which is the one boundary of one, those at the end."""
+        way = min(index / (count - 2), 1.0) if count > 2 else float(count == 1)
         first, second = ((1 - way) * a + way * b for a, b in (self.reconstruction, self.task))
         return first, second
 
     def head(self, boundary: Boundary) -> Head:
-        fitting("infopro", boundary, "feature maps")
+        fitting("infopro", boundary, "feature maps", most=5)
         for f in boundary.features:
             if f.kind != "image" or len(f.shape) != 4:
                 kind = "a feature map of other dimensions" if f.kind == "image" else f.kind
@@ -266,8 +268,9 @@ class InfoPro(LocalLoss):
                 )
         weights = self.weights(boundary.index, boundary.count)
         if not any(weights):
+            where = "the model's output" if boundary.count == 1 else f"block {boundary.index} of {boundary.count}"
             raise BpfxError(
-                f"infopro has both weights 0 at block {boundary.index} of {boundary.count} (reconstruction="
+                f"infopro has both weights 0 at {where} (reconstruction="
                 f"{self.reconstruction}, task={self.task}); raise one of them"
             )
         maps = Maps(boundary.features)

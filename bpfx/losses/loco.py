@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss
+from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, fitting
 from bpfx.losses.supervised import LinearHead
 from bpfx.losses.views import interleave
 
@@ -92,6 +92,7 @@ class LoCo(LocalLoss):
             self.rows, self.label_free = 1, False
 
     def head(self, boundary: Boundary) -> Head:
+        fitting("loco", boundary)
         if self.supervised:
             if not boundary.targets:
                 raise BpfxError("LoCo(supervised=True) needs a task loss; pass targets, or leave supervised out")

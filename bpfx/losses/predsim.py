@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bpfx.errors import BpfxError
-from bpfx.losses.dgl import fitting, image_of, pool
-from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, Predictor, Target
+from bpfx.losses.dgl import image_of, pool
+from bpfx.losses.protocol import Boundary, Feature, Given, Head, LocalLoss, Predictor, Target, fitting
 from bpfx.losses.supervised import LinearHead
 
 MODES = ("both", "pred", "sim")
@@ -224,7 +224,7 @@ class PredSim(LocalLoss):
         self.beta, self.mode = float(beta), mode
 
     def head(self, boundary: Boundary) -> Head:
-        fitting("predsim", boundary)
+        fitting("predsim", boundary, most=5)
         features = boundary.features
         if self.mode != "sim" and not boundary.targets:
             raise BpfxError(

@@ -92,6 +92,7 @@ class Boundary:
         index, count: the block's position, from 0, and the number of blocks.
         inputs: the tensors of the batch; those that are no features of samples, as well.
         labels: position among ``inputs`` of the one integer class label per sample; ``None`` without such a thing.
+        answers: positions among ``inputs`` of what the loss reads and the model does not.
         entering: what enters the block and carries a gradient or is an input, first one first.
         tail: the model's own last layers for these features, where the shapes allow; ``tail(copy)`` makes a head that
             owns copies, or reads the model's weights without a gradient.
@@ -105,6 +106,7 @@ class Boundary:
     count: int = 2
     inputs: list[Feature] = dataclasses.field(default_factory=list)
     labels: int | None = None
+    answers: tuple[int, ...] = ()
     entering: list[Feature] = dataclasses.field(default_factory=list)
     tail: Callable[[bool], Predictor] | None = None
     last_linear: tuple[Tensor, Tensor | None] | None = None
@@ -139,6 +141,7 @@ class Boundary:
             count,
             [Feature.of(t, f"input_{i}") for i, t in enumerate(inputs)],
             labels,
+            () if labels is None else (labels,),
             [Feature.of(entering, "entering")] if entering is not None else [],
         )
 
@@ -160,13 +163,13 @@ class Boundary:
         raise BpfxError(f"one prediction per sample over classes is needed, shaped (samples, classes); found: {shapes}")
 
     def input(self) -> int:
-        """Position among ``inputs`` of the first floating-point tensor: the image.
+        """Position among ``inputs`` of the first floating-point tensor that the model reads: the image.
 
         Raises:
             BpfxError: there is none.
         """
         for i, feature in enumerate(self.inputs):
-            if feature.dtype.is_floating_point:
+            if feature.dtype.is_floating_point and i not in self.answers:
                 return i
         raise BpfxError("no input of the model is a floating-point tensor")
 
@@ -210,8 +213,37 @@ class Given:
             BpfxError: there is no task loss.
         """
         if self.task is None:
-            raise BpfxError("there is no task loss to judge predictions by; pass targets, or a label-free local loss")
+            raise BpfxError(
+                "there is no task loss to judge predictions by: the head has to say uses_task = True, and the batch "
+                "needs targets (or the local loss has to be a label-free one)"
+            )
         return self.task(*predictions)
+
+
+def fitting(
+    name: str,
+    boundary: Boundary,
+    words: str = "the features of one value per sample and position",
+    most: int | None = None,
+) -> None:
+    """Raise where a head cannot read what crosses.
+
+    Args:
+        name: of the loss.
+        boundary: what crosses.
+        words: what the head reads.
+        most: dimensions that it can take.
+
+    Raises:
+        BpfxError: which value, and why.
+    """
+    for f in boundary.features:
+        if f.floating is None or not 2 <= len(f.shape) <= (most or len(f.shape)) or f.batch_dim == f.channel_dim:
+            dimensions = f"2 to {most}" if most else "2 or more"
+            raise BpfxError(
+                f"{name} reads {words}: a floating-point tensor of {dimensions} dimensions with samples and features "
+                f"apart, but what crosses behind block {boundary.index} is {f.name} {f.shape} {f.dtype}; cut elsewhere"
+            )
 
 
 class Head(nn.Module):
@@ -221,7 +253,8 @@ class Head(nn.Module):
         inputs: positions among the batch's tensors that it reads.
         uses_task: whether it calls ``given.judged``.
         uses_entering: whether it reads ``given.entering``.
-        random: whether it draws random numbers; the blocks' draws are kept apart from its own.
+        random: whether it draws random numbers, other than by dropout modules; the blocks' draws are kept apart from
+            its own.
         description: one short line for the plan.
         borrows: names of the weights of the model that it reads, without a gradient.
     """
@@ -237,7 +270,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def place(self, feature: Feature) -> None:
-        """Move the parameters to the device and dtype of the feature."""
+        """Move the parameters to the device and dtype of the feature; called for every head that a loss builds."""
         self.to(device=feature.device, dtype=feature.floating)
 
 

@@ -29,10 +29,16 @@ def register(factory: Callable[[], LocalLoss], name: str | None = None) -> Calla
     found = name or getattr(factory, "name", "")
     if not found or not isinstance(found, str):
         raise BpfxError(f"{factory!r} has no name; give the class one, or pass name=")
-    if found in _FACTORIES and _FACTORIES[found] is not factory:
+    if found in _FACTORIES and not _same(_FACTORIES[found], factory):
         raise BpfxError(f"a local loss named {found!r} is registered already: {_FACTORIES[found]!r}")
     _FACTORIES[found] = factory
     return factory
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether it is the same class, or the same one defined again (a notebook's cell that ran twice)."""
+    where = [(getattr(f, "__module__", None), getattr(f, "__qualname__", None)) for f in (one, other)]
+    return one is other or (where[0] == where[1] and isinstance(one, type) and isinstance(other, type))
 
 
 def names() -> list[str]:
@@ -48,7 +54,7 @@ def get(loss: str | LocalLoss) -> LocalLoss:
         'supervised'
 
     Raises:
-        BpfxError: no local loss has that name.
+        BpfxError: no local loss has that name, or what has it is none.
     """
     if isinstance(loss, LocalLoss):
         return loss
@@ -57,11 +63,19 @@ def get(loss: str | LocalLoss) -> LocalLoss:
     if loss not in _FACTORIES:
         for point in entry_points(group=GROUP):
             if point.name == loss:
-                register(point.load(), loss)
+                try:
+                    register(point.load(), loss)
+                except ImportError as error:
+                    raise BpfxError(f"local_loss={loss!r} is {point.value}, which fails to import: {error}") from error
                 break
         else:
             raise BpfxError(f"local_loss={loss!r} is not known; the known ones are {', '.join(names())}")
-    return _FACTORIES[loss]()
+    made = _FACTORIES[loss]()
+    if not isinstance(made, LocalLoss):
+        raise BpfxError(
+            f"local_loss={loss!r} was registered with {_FACTORIES[loss]!r}, which made no LocalLoss: {made!r}"
+        )
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +107,9 @@ class Assignment:
                     raise BpfxError(f"local_loss has the key {key!r}; keys are module names, block numbers or '*'")
         else:
             self._by_key = {OTHERS: _weighted(choice, "local_loss")}
-        self._others = self._by_key.pop(OTHERS) if OTHERS in self._by_key else Weighted(get("supervised"))
+        # Blocks without a key. Nobody may be left, so what was not asked for has no say in a horizon.
+        self._unnamed = OTHERS not in self._by_key
+        self._others = Weighted(get("supervised")) if self._unnamed else self._by_key.pop(OTHERS)
         self.rows = self._rows()
 
     @property
@@ -108,7 +124,8 @@ class Assignment:
         Raises:
             BpfxError: they do not agree.
         """
-        asked = {loss.horizon: loss.name for loss in self.losses}
+        named = [w.loss for w in self._by_key.values()] if self._unnamed else self.losses
+        asked = {loss.horizon: loss.name for loss in named} or {1: self._others.loss.name}
         if len(asked) > 1:
             words = ", ".join(f"{name} {h}" for h, name in sorted(asked.items()))
             raise BpfxError(f"the local losses ask for different horizons ({words}); pass horizon=")
@@ -142,11 +159,19 @@ class Assignment:
         keys = [k for k in self._by_key if isinstance(k, str) and (last == k or last.startswith(f"{k}."))]
         return self._by_key[max(keys, key=len)] if keys else self._others
 
+    def wanting(self) -> str:
+        """Which loss needs a task loss, in words."""
+        name = next(loss.name for loss in self.losses if not loss.label_free)
+        if self._unnamed and name == self._others.loss.name:
+            return f"the local loss {name!r}, of the model's output and of blocks without a key (add '*' for another),"
+        return f"the local loss {name!r}"
+
     def check(self, blocks: Sequence[tuple[int, Sequence[str], str]]) -> None:
         """Raise where a key names no block.
 
         Args:
-            blocks: index, module paths and name of every block that has a local loss.
+            blocks: index, module paths and name of every block that has a local loss, or would have with a smaller
+                horizon.
 
         Raises:
             BpfxError: which key, and what the blocks are.

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bpfx.losses.protocol import Boundary, Feature, LocalLoss, Predictor, Target, average
+from bpfx.errors import BpfxError
+from bpfx.losses.protocol import Boundary, Feature, LocalLoss, Predictor, Target, average, fitting
 
 
 class TailHead(Predictor):
@@ -52,6 +53,9 @@ class TailHead(Predictor):
         self.description = "copy of the model's last layers" + (
             f", {len(borrowed)} weights borrowed" if borrowed else ""
         )
+
+    def place(self, feature: Feature) -> None:
+        """The copies are where the model's own weights are, in their dtypes."""
 
     def predict(self, *values: Tensor) -> Tensor:
         weights = [getattr(self, key) if own else self._borrow(key).detach() for key, own in self._order]
@@ -150,6 +154,9 @@ class Supervised(LocalLoss):
     def head(self, boundary: Boundary) -> Predictor:
         if boundary.tail is not None:
             return boundary.tail(True)
+        fitting("supervised", boundary)
+        if not boundary.targets:
+            raise BpfxError("supervised needs predictions to make; pass a loss_fn and targets, or a label-free loss")
         head = LinearHead(boundary.features, boundary.targets)
         if boundary.last_linear is not None and len(head.linears) == 1:
             linear, (weight, bias) = head.linears[0], boundary.last_linear

@@ -25,6 +25,9 @@ class Views:
     """
 
     def __init__(self, first: Tensor, second: Tensor) -> None:
+        for name, view in (("first", first), ("second", second)):
+            if not isinstance(view, Tensor):
+                raise BpfxError(f"Views: the {name} view is a {type(view).__name__}; pass two tensors")
         if first.shape != second.shape or first.dtype != second.dtype:
             raise BpfxError(
                 f"the two views differ: {tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}; "

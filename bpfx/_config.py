@@ -109,6 +109,10 @@ class Config:
         Assignment(self.local_losses())
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise BpfxError(f"lr must be a positive number, not {self.lr}.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise BpfxError(f"weight_decay must be a number of at least 0, not {self.weight_decay}.")
+        if not 0 <= self.seed < 2**63:
+            raise BpfxError(f"seed must be at least 0 and below 2**63, not {self.seed}.")
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods or len(set(self.methods)) != len(self.methods):
             given = ",".join(self.methods)

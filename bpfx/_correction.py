@@ -113,15 +113,15 @@ class Correction:
         for name in matched if self._measured == iteration else ():
             if name in local:
                 local[name].add_(self.matching[name], alpha=self.offset.match)
+        corrected = [n for n in (self.state if names is None else names) if n in self.state]
+        scales = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
+        if self.offset.clip is not None and not self._in_exact_phase(iteration):
+            scales = self._clipped(scales, local)
         for name, grad in local.items():
             plain = name.startswith(HEADS) or (self.offset.form == "B" and name in self.shared)
             alpha = 1.0 if plain else self.alpha(self.block_of[name], iteration)
             if alpha != 1.0:
                 grad.mul_(alpha)
-        corrected = [n for n in (self.state if names is None else names) if n in self.state]
-        scales = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
-        if self.offset.clip is not None and not self._in_exact_phase(iteration):
-            scales = self._clipped(scales, local)
         for name in corrected:
             scale = scales[self.block_of[name]]
             if name in local:

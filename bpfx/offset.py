@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bpfx.errors import BpfxError
+from bpfx.passes.batch import BatchSpec, as_call
 
 Schedule = float | Sequence[float] | Callable[[int], float]
 FORMS = ("A", "B")
@@ -100,6 +102,10 @@ class Offset:
             raise BpfxError(f"Offset(bounds={self.bounds!r}): pass two periods, the smaller first, such as (1, 4)")
         if not (_number(self.match) and self.match >= 0):
             raise BpfxError(f"Offset(match={self.match!r}): pass a number of at least 0")
+        if self.data is not None and self.batch is None:
+            raise BpfxError(
+                "Offset(data=…) is read for refreshes of more samples than a batch has; pass batch= as well"
+            )
         self._check_storage()
         if self.lam == "auto" and self.micro_batches < 2:
             self.micro_batches = 2
@@ -146,6 +152,11 @@ class Offset:
                 f"Offset: the schedule for {name} has no value for iteration {iteration}{length}; "
                 "it has to cover the whole run"
             ) from error
+        except Exception as error:
+            raise BpfxError(
+                f"Offset: the schedule for {name} failed at iteration {iteration}: {type(error).__name__}: {error}; "
+                "it is called with the iteration, from 0 on"
+            ) from error
         if not _number(result) or result < 0:
             raise BpfxError(
                 f"Offset: the schedule for {name} returned {result!r} at iteration {iteration}; "
@@ -168,7 +179,30 @@ class RefreshData:
     def __init__(self, data: Iterable[Any]) -> None:
         self.data = data
         self._iterator: Iterator[Any] | None = None
-        self._had_some = False
+        self._had_some, self._passes = False, 0
+
+    def draw(self, spec: BatchSpec, wanted: int) -> list[tuple[list[Tensor], int]]:
+        """Batches for one refresh, and how many samples of each count.
+
+        Args:
+            spec: of the training batches.
+            wanted: samples.
+
+        Raises:
+            BpfxError: there are fewer, so that some would count twice; or there is no batch left at all.
+        """
+        found: list[tuple[list[Tensor], int]] = []
+        have, passes = 0, self._passes + (self._iterator is not None)
+        while have < wanted:
+            drawn = spec.flatten(*as_call(self.next()))
+            if self._passes > passes:
+                raise BpfxError(
+                    f"Offset(batch={wanted // spec.rows}) is larger than Offset(data=…), whose {have // spec.rows} "
+                    "samples are all drawn by then; pass a smaller batch, or more data"
+                )
+            found.append((drawn, min(spec.samples(drawn), wanted - have)))
+            have += found[-1][1]
+        return found
 
     def next(self) -> Any:
         for _ in range(2):
@@ -180,6 +214,7 @@ class RefreshData:
                 return drawn
             except StopIteration:
                 self._iterator = None
+                self._passes += 1
         if self._had_some:
             raise BpfxError(
                 "Offset(data=…) is used up; pass what can be iterated again, such as a DataLoader or a list"

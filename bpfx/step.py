@@ -34,7 +34,7 @@ from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.losses import Views
 from bpfx.memory import format_bytes
 from bpfx.offset import Offset, RefreshData
-from bpfx.passes.batch import as_call, call_model, judges_output, loss_of
+from bpfx.passes.batch import call_model, judges_output, loss_of
 from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
@@ -340,12 +340,7 @@ class Step(OnOneDevice):
                     f"Offset(batch={offset.batch}) is larger than the current batch of {samples // spec.rows}; "
                     "pass Offset(data=…), an iterable of batches, or a batch of at most that size"
                 )
-            sources, have = [], 0
-            while have < wanted:
-                drawn = spec.flatten(*as_call(self._refresh_data.next()))
-                take = min(spec.samples(drawn), wanted - have)
-                sources.append((drawn, take))
-                have += take
+            sources = self._refresh_data.draw(spec, wanted)
         pieces = []
         per = max(1, min(-(-wanted // offset.micro_batches), size or wanted))
         for drawn, take in sources:

@@ -257,6 +257,8 @@ def test_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--lambda", "-1"], "lam=-1.0"),
         (["train", "--offset-batch", "200"], "offset_batch must be at most the batch size, 100, not 200"),
         (["train", "--lr", "nan"], "lr must be a positive number, not nan"),
+        (["train", "--weight-decay", "-1"], "weight_decay must be a number of at least 0, not -1.0"),
+        (["train", "--seed", "99999999999999999999999"], "seed must be at least 0 and below"),
         (["train", "--methods", "bp,ff"], "methods must be some of bp, local, offset, each once, not 'bp,ff'"),
         (["train", "--device", "abacus"], "The device 'abacus' is not available here"),
         (["train", "--resume", "no/such/run"], "no/such/run holds no run to resume"),

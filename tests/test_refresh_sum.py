@@ -6,8 +6,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import bpfx
 from bpfx._offset_state import OffsetState
 from bpfx._refresh import RefreshSum
 
@@ -54,3 +56,55 @@ def test_a_tied_parameter_without_a_mean_has_no_offset_and_says_so(bad: int) -> 
     total, found = settled(pieces, old={"t": 7.0, "a": 0.0, "b": 0.0})
     assert found == pytest.approx({"a": 1.0, "b": 1.0})
     assert "t, in several blocks, has no offset" in str(total.complaint())
+
+
+# --- where a refresh takes its samples --------------------------------------------------------------------------------
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, 6), torch.arange(n) % 3) for n in sizes]
+
+
+def converted(offset: bpfx.Offset) -> bpfx.Step:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    return bpfx.convert(net, F.cross_entropy, batches(4)[0], blocks=["2"], offset=offset)
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "held"), [(64, (4, 4), 8), (9, (4, 4), 8), (6, (5,), 5)], ids=["far", "one more", "in one batch"]
+)
+def test_a_refresh_of_more_samples_than_there_are_is_refused(batch: int, sizes: tuple[int, ...], held: int) -> None:
+    step = converted(bpfx.Offset(period=1, batch=batch, data=batches(*sizes)))
+    with pytest.raises(bpfx.BpfxError, match=rf"batch={batch}\) is larger than Offset\(data=…\), whose {held} samples"):
+        step(*batches(4)[0]).backward()
+    assert step.iteration == 0 and not dict(step.offset_state)
+
+
+def test_a_refresh_may_begin_in_the_middle_of_the_data() -> None:
+    """All eight samples: four that are left of the last pass, and four of the next."""
+    step = converted(bpfx.Offset(period=1, batch=8, data=batches(4, 4, 4)))
+    for _ in range(5):
+        step(*batches(4)[0]).backward()
+    assert step.iteration == 5
+
+
+@pytest.mark.parametrize("sizes", [(), (0, 0)])
+def test_data_without_samples_is_refused(sizes: tuple[int, ...]) -> None:
+    step = converted(bpfx.Offset(period=1, batch=8, data=batches(*sizes)))
+    with pytest.raises(bpfx.BpfxError, match="holds no batches|whose 0 samples"):
+        step(*batches(4)[0]).backward()
+
+
+def test_data_that_cannot_be_iterated_again_is_used_up() -> None:
+    step = converted(bpfx.Offset(period=1, batch=8, data=iter(batches(4, 4, 4))))
+    step(*batches(4)[0]).backward()
+    with pytest.raises(bpfx.BpfxError, match="is used up; pass what can be iterated again"):
+        step(*batches(4)[0]).backward()
+
+
+def test_a_clip_goes_by_the_local_gradient_as_it_is() -> None:
+    """With α = 0 the correction is all there is; a limit of zero would stop the training."""
+    step = converted(bpfx.Offset(period=2, form="B", alpha=0.0, clip=2.0))
+    step(*batches(4)[0]).backward()
+    assert float(step.model[0].weight.grad.norm()) > 1e-3

@@ -125,7 +125,9 @@ class Settings:
                 text = (
                     ",".join(map(str, value))
                     if isinstance(value, tuple)
-                    else format(value, "g" if isinstance(value, float) else "")
+                    else repr(value)
+                    if isinstance(value, float)
+                    else str(value)
                 )
                 words += [flag, text]
         return shlex.join(words)

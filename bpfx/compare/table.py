@@ -203,6 +203,9 @@ def _note(row: dict[str, Any]) -> str:
         told = [f"seed {s} at iteration {r['diverged']}" for s, r in runs.items() if r["diverged"] is not None]
         if told:
             notes.append(f"diverged (equal {budget}): {', '.join(told)}")
+    warned = row.get("warnings", [])
+    if warned:
+        notes.append(f"warned: {warned[0]}" + (f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""))
     return "; ".join(notes)
 
 

@@ -138,7 +138,8 @@ def load_weights(
     own = model.state_dict()
     new = {f"{classifier}.weight", f"{classifier}.bias"}
     if any(name in state and state[name].shape != own[name].shape for name in new):
-        given, wanted = (len(entries[f"{classifier}.bias"]) for entries in (state, own))
+        size_of = next(n for n in sorted(new) if n in state and state[n].shape != own[n].shape)
+        given, wanted = (entries[size_of].shape[0] if entries[size_of].dim() else "?" for entries in (state, own))
         print(f"{source}: the classifier for {given} classes is left out; one for {wanted} classes begins at random.")
         state = {name: own[name] if name in new else value for name, value in state.items()}
     # Files from before torch 0.4.1 lack the counters, which matter to BatchNorm(momentum=None) only.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,9 +16,12 @@ from bpfx._offset_state import OffsetState
 from bpfx._period import EXACT, LOCAL, REFRESH, Pace, PeriodRule
 from bpfx._refresh import BlockFound
 from bpfx._scales import AutoAlpha, AutoLambda
-from bpfx.errors import BpfxWarning
+from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.offset import Offset
 from bpfx.passes.graph import HEADS
+
+if TYPE_CHECKING:
+    from bpfx.diagnostics import Diagnostics
 
 __all__ = ["EXACT", "LOCAL", "REFRESH", "Correction"]
 
@@ -55,6 +60,7 @@ class Correction:
         self._measured = 0
         self._opposed = 0
         self.matching: Grads = {}  # gradients of heads, for the iteration of the refresh
+        self._beginning = copy.deepcopy(self.progress())
 
     @property
     def compares(self) -> bool:
@@ -244,6 +250,19 @@ class Correction:
             stacklevel=7,
         )
 
+    @contextmanager
+    def as_one(self, diagnostics: Diagnostics, iteration: int) -> Iterator[None]:
+        """Around a refresh and the step after it: where that fails, the next step measures again, once."""
+        learnt, measured = self.progress(), diagnostics.measured
+        try:
+            yield
+        except BaseException:
+            if diagnostics.measured > measured:
+                self.forget()
+                diagnostics.retract(iteration)
+                self.load_progress(learnt)
+            raise
+
     # --- state --------------------------------------------------------------------------------------------------------
 
     def progress(self) -> dict[str, Any]:
@@ -260,8 +279,18 @@ class Correction:
             "opposed": self._opposed,
         }
 
-    def load_progress(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`progress` gave."""
+    def check_progress(self, state: Mapping[str, Any] | None) -> None:
+        """Raise where :meth:`load_progress` could not take it over."""
+        missing = sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact"}) if state is not None else []
+        if missing:
+            raise BpfxError(
+                f"this state of an offset lacks {', '.join(missing)}: another version of bpfx saved it; load the "
+                "entries of the model alone, and begin without offsets"
+            )
+
+    def load_progress(self, state: Mapping[str, Any] | None) -> None:
+        """Take over what :meth:`progress` gave; ``None`` (of a step without an offset) for the beginning."""
+        state = self._beginning if state is None else state
         self._pace.load(state["pace"])
         self.rule.load(state["rule"])
         for name, kind in (("alpha", AutoAlpha), ("lam", AutoLambda)):

@@ -271,8 +271,10 @@ class Step(OnOneDevice):
                 losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
             assert piece.loss is not None
             return StepResult(piece.loss, merged(parts), losses, self._outputs_of(piece, variant))
-        self._measure(tensors)
-        return self._run_local(variant, tensors)
+        assert self._correction is not None
+        with self._correction.as_one(self.diagnostics, self.iteration):
+            self._measure(tensors)
+            return self._run_local(variant, tensors)
 
     def _measure(
         self,
@@ -454,8 +456,7 @@ class Step(OnOneDevice):
         self.iteration = int(state["iteration"])
         if self._correction is not None:
             self._correction.state.load(state["offset"], lambda name: weights[name].device)
-            if state.get("correction") is not None:
-                self._correction.load_progress(state["correction"])
+            self._correction.load_progress(state.get("correction"))
         self.diagnostics.refreshes[:] = list(state["refreshes"])
 
     def _check_blocks(self, state: Any) -> None:
@@ -467,6 +468,8 @@ class Step(OnOneDevice):
                 f"this state belongs to {len(state['blocks'])} blocks ({', '.join(state['blocks'][:3])}, …), "
                 f"this step has {len(own)} ({', '.join(own[:3])}, …); convert with the same blocks"
             )
+        if self._correction is not None:
+            self._correction.check_progress(state.get("correction"))
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """As for any module; a state of other blocks is refused before anything is loaded."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bpfx
+from bpfx._correction import REFRESH
 from bpfx._offset_state import OffsetState
 from bpfx._refresh import RefreshSum
 
@@ -65,7 +68,7 @@ def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(n, 6), torch.arange(n) % 3) for n in sizes]
 
 
-def converted(offset: bpfx.Offset) -> bpfx.Step:
+def converted(offset: bpfx.Offset | None) -> bpfx.Step:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     return bpfx.convert(net, F.cross_entropy, batches(4)[0], blocks=["2"], offset=offset)
@@ -108,3 +111,44 @@ def test_a_clip_goes_by_the_local_gradient_as_it_is() -> None:
     step = converted(bpfx.Offset(period=2, form="B", alpha=0.0, clip=2.0))
     step(*batches(4)[0]).backward()
     assert float(step.model[0].weight.grad.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"period": 4}, {"bounds": (4, 8)}, {"period": 4, "lam": "auto"}], ids=str)
+def test_a_step_that_fails_behind_its_refresh_is_as_if_it_had_not_been(options: dict[str, Any]) -> None:
+    """The next call measures once more: the same gradients, one record, as in a run in which nothing failed."""
+    found = []
+    for fails in (False, True):
+        step = converted(bpfx.Offset(batch=2, **options))
+        torch.manual_seed(1)
+        given = batches(*[4] * 12)
+        for t, batch in enumerate(given):
+            step.zero_grad()
+            if fails and step._correction is not None and step._correction.kind(t) == REFRESH:
+                with mock.patch.object(step, "_run_local", side_effect=MemoryError), pytest.raises(MemoryError):
+                    step(*batch)
+            step(*batch).backward()
+            with torch.no_grad():
+                for parameter in step.parameters():
+                    parameter.sub_(0.05 * parameter.grad)
+        found.append((step.state_dict(), [r["iteration"] for r in step.diagnostics.refreshes]))
+    assert found[0][1] == found[1][1]
+    tensors = [{n: t for n, t in state.items() if isinstance(t, Tensor)} for state, _ in found]
+    torch.testing.assert_close(tensors[0], tensors[1])
+
+
+def test_a_state_without_offsets_begins_with_a_refresh() -> None:
+    plain, step = converted(None), converted(bpfx.Offset(bounds=(4, 16)))
+    for batch in batches(*[4] * 6):
+        plain(*batch).backward()
+        step(*batch).backward()
+    step.load_state_dict(plain.state_dict())
+    assert step.iteration == 6 and not dict(step.offset_state)
+    assert step._correction is not None and step._correction.kind(6) == REFRESH
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    step = converted(bpfx.Offset())
+    state = step.state_dict()
+    del state["_extra_state"]["correction"]["pace"]
+    with pytest.raises(bpfx.BpfxError, match="lacks pace: another version of bpfx saved it"):
+        step.load_state_dict(state)

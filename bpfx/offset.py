@@ -44,14 +44,14 @@ class Offset:
             how far the refresh's micro-batches agree and how strongly the weights answer to Δ's noise (two
             micro-batches or more).
         data: an iterable of batches (a DataLoader, say) from which a refresh takes its samples where ``batch`` is
-            larger than the current batch; it is begun again when it ends.
+            larger than the current batch, at least as many as that; it is begun again when it ends.
         dtype: how Δ is stored: ``None`` for the parameters' own dtype, a floating dtype such as ``torch.bfloat16``, or
             ``"int8"`` (symmetric codes, one scale per 128 numbers; a quarter of fp32's memory).
         device: where Δ is stored, ``"cpu"`` to keep it out of an accelerator's memory; ``None`` for the parameters'
             own device.
         form: ``"A"`` or ``"B"``, see above.
         decay: λ is multiplied by this at every iteration after a refresh; 1 holds Δ, 0 uses it at the refresh only.
-        clip: largest ‖λΔ‖ as a multiple of ‖α·ℓ_t‖, block by block; ``None`` for no limit.
+        clip: largest ‖λΔ‖ as a multiple of ‖ℓ_t‖, block by block; ``None`` for no limit.
         bounds: smallest and largest period that ``"auto"`` may choose; from 2 on it takes no exact BP steps.
         match: weight of a term on the heads that turns their gradient at the boundary towards BP's, at refreshes only;
             0 for none. Needs horizon 1.

@@ -16,6 +16,7 @@ from bpfx._offset_state import OffsetState
 from bpfx._period import EXACT, LOCAL, REFRESH, Pace, PeriodRule
 from bpfx._refresh import BlockFound
 from bpfx._scales import AutoAlpha, AutoLambda
+from bpfx._stability import Stability
 from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.offset import Offset
 from bpfx.passes.graph import HEADS
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from bpfx.diagnostics import Diagnostics
 
 __all__ = ["EXACT", "LOCAL", "REFRESH", "Correction"]
-
-OPPOSED = -0.5  # cosine of new and old Δ, mean over the blocks, from where on Δ overshoots
-GROWTH = 4.0  # of the norm of all Δ from one refresh to the next, that goes with it
 
 
 class Correction:
@@ -57,15 +55,11 @@ class Correction:
         self._norms: dict[int, float] = {}
         self._inside: dict[int, float] = {}  # α of the local gradient inside the stored Δ, by block (form "B")
         self._was_exact = False  # whether the last refresh was in a phase of exact steps
-        self._measured = 0
-        self._opposed = 0
+        self._measured = 0  # iteration of the last refresh
+        self._since: dict[int, int] = {}  # the refresh that a block's Δ comes from; it may have failed since
+        self._stability = Stability()
         self.matching: Grads = {}  # gradients of heads, for the iteration of the refresh
         self._beginning = copy.deepcopy(self.progress())
-
-    @property
-    def compares(self) -> bool:
-        """Whether a refresh is to compare its pieces with each other."""
-        return self.offset.lam == "auto"
 
     # --- scales -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +88,7 @@ class Correction:
             value = self._lam[block].value if block in self._lam else 1.0
         else:
             value = self.offset.scale_of("lam", iteration)
-        age = iteration - self._measured
+        age = iteration - self._since.get(block, self._measured)
         return value * self.offset.decay**age if age and self.offset.decay != 1.0 else value
 
     def _in_exact_phase(self, iteration: int) -> bool:
@@ -145,10 +139,13 @@ class Correction:
             # A shared parameter's gradient comes whole in one loop and by blocks in another.
             if k in squares and name not in self.shared:
                 squares[k] += dot([grad], [grad])
-        limits = {k: self.offset.clip * math.sqrt(squares[k]) for k in scales}
-        return {
-            k: min(scale, limits[k] / self._norms[k]) if self._norms.get(k) else scale for k, scale in scales.items()
-        }
+        return {k: self._limited(k, scale, math.sqrt(squares[k])) for k, scale in scales.items()}
+
+    def _limited(self, block: int, scale: float, local: float) -> float:
+        """λ as ``clip`` leaves it beside a local gradient of that norm."""
+        if self.offset.clip is None or not self._norms.get(block):
+            return scale
+        return min(scale, self.offset.clip * local / self._norms[block])
 
     # --- schedule -----------------------------------------------------------------------------------------------------
 
@@ -166,8 +163,10 @@ class Correction:
         if self.rule.period == 1:
             self.rule.alarm(iteration)
             return  # every step is exact, or measured anew
-        what = f"the offset is kept for period={self.rule.period} iterations all the same and may lead away; "
-        what += "lower the period or the rate, or pass period='auto'"
+        what = (
+            f"period={self.rule.period} (K) was stable with the steps before and need not be with these: Δ is kept for "
+            f"{self.rule.period} iterations all the same; lower the period or the rate, or pass period='auto'"
+        )
         if self.rule.auto:
             what = "the offset is measured anew" + (
                 ", and exact steps are taken until it lasts" if self.rule.exact else ""
@@ -197,7 +196,7 @@ class Correction:
         period, before = self.rule.period, dict(self._norms)
         self._was_exact = self.rule.auto and period == 1
         for k, block in found.items():
-            self._norms[k] = block.norm
+            self._norms[k], self._since[k] = block.norm, iteration
             self._inside[k] = self.inside(k, iteration)  # before anything is learnt: Δ was made with it
             if self.offset.alpha == "auto":
                 self._alpha.setdefault(k, AutoAlpha()).take(block.products)
@@ -214,7 +213,7 @@ class Correction:
                 **block.record(),
                 "norm": block.norm,
                 "alpha": self.alpha(k, iteration),
-                "lam": self.lam(k, iteration),
+                "lam": 1.0 if self._was_exact else self._limited(k, self.lam(k, iteration), block.local),
                 "period": period,
             }
             for k, block in found.items()
@@ -225,15 +224,9 @@ class Correction:
         self.rule.measured(iteration, ())
 
     def _warn(self, iteration: int, period: int, found: Mapping[int, BlockFound], before: Mapping[int, float]) -> None:
-        known = [b.staleness for b in found.values() if b.staleness is not None]
-        if not known:
-            return
-        mean = sum(known) / len(known)
-        old, new = (math.sqrt(sum(norms.get(k, 0.0) ** 2 for k in found)) for norms in (before, self._norms))
-        grown = old > 0 and new > GROWTH * old
-        self._opposed = self._opposed + 1 if mean < (OPPOSED / 2 if grown else OPPOSED) else 0
-        # Twice in a row, or at once where it grows as well: the next one may be NaN.
-        if self._opposed == 0 or (self._opposed != 2 and not grown):
+        cosines = {k: block.staleness for k, block in found.items() if block.staleness is not None}
+        complaint = self._stability.complaint(cosines, before, {k: self._norms[k] for k in found})
+        if complaint is None:
             return
         advice = "pass a smaller period, lam or learning rate, or period='auto'"
         if self.rule.exact:
@@ -243,9 +236,8 @@ class Correction:
         if self.rule.auto:
             self.rule.alarm(iteration + 1)
         warnings.warn(
-            f"unstable offset at the refresh of iteration {iteration}: the new offset points against the old one "
-            f"(cosine {mean:.2f}) and is {new / old if old else math.inf:.1f} times as large, so that "
-            f"period={period} is too long for this learning rate; {advice}",
+            f"unstable offset at the refresh of iteration {iteration}: {complaint}, so that period={period} is too "
+            f"long for this learning rate; {advice}",
             BpfxWarning,
             stacklevel=7,
         )
@@ -276,12 +268,17 @@ class Correction:
             "inside": dict(self._inside),
             "was_exact": self._was_exact,
             "measured": self._measured,
-            "opposed": self._opposed,
+            "since": dict(self._since),
+            "stability": self._stability.state(),
         }
 
     def check_progress(self, state: Mapping[str, Any] | None) -> None:
         """Raise where :meth:`load_progress` could not take it over."""
-        missing = sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact"}) if state is not None else []
+        missing = (
+            sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact", "since", "stability"})
+            if state is not None
+            else []
+        )
         if missing:
             raise BpfxError(
                 f"this state of an offset lacks {', '.join(missing)}: another version of bpfx saved it; load the "
@@ -301,8 +298,12 @@ class Correction:
             setattr(self, f"_{name}", made)
         self._norms = {int(k): v for k, v in state["norms"].items()}
         self._inside = {int(k): v for k, v in state.get("inside", {}).items()}
+        self._since = {int(k): v for k, v in state.get("since", {}).items()}
         self._was_exact = state.get("was_exact", False)
-        self._measured, self._opposed = state["measured"], state["opposed"]
+        self._measured = state["measured"]
+        self._stability = Stability()
+        if "stability" in state:
+            self._stability.load(state["stability"])
 
     def forget(self) -> None:
         """Drop every offset."""

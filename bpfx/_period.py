@@ -18,6 +18,8 @@ MEMORY = 0.75  # of the running mean over refreshes
 ENOUGH = 4  # refreshes under one period before it is changed
 REST = 12  # exact steps before the next pair of refreshes, once these few have not shown that offsets would last
 RISE = 0.1  # of the mean from where on a longer period is tried; exact steps lose nothing but time, so not at 0
+FALL = -0.1  # of one refresh at which a period that is on trial is given up
+UPHILL = -0.5  # of one block, twice in a row: there Δ overshoots, whatever the others do
 JUMP = 4.0  # times as far as before, in two steps one after the other
 
 
@@ -47,6 +49,7 @@ class PeriodRule:
         self._last: int | None = None  # iteration of the last refresh
         self._trend = 0.0
         self._count = 0
+        self._uphill = 0  # refreshes in a row at which one block's Δ led clearly up
 
     @property
     def auto(self) -> bool:
@@ -76,16 +79,22 @@ class PeriodRule:
             return
         age, self._last = (iteration - self._last if self._last is not None else None), iteration
         lag = self.period if self.period > 1 else SHORTEST
+        level, move = self._periods.index(self.period), 0
         if descents and age == lag:
+            descent = sum(descents) / len(descents)
             self._count += 1
             share = max(1 / self._count, 1 - MEMORY)
-            self._trend += share * (sum(descents) / len(descents) - self._trend)
-        level = self._periods.index(self.period)
+            self._trend += share * (descent - self._trend)
+            self._uphill = self._uphill + 1 if min(descents) < UPHILL else 0
+            if self._count < ENOUGH and descent < FALL:
+                move = -1
         if self._count >= ENOUGH:
             move = 1 if self._trend > RISE else -1 if self._trend < 0 else 0
-            level = min(max(level + move, 0), len(self._periods) - 1)
+        if self._uphill > 1:
+            move = min(move, 0 if self.period == 1 else -1)
+        level = min(max(level + move, 0), len(self._periods) - 1)
         if self._periods[level] != self.period:
-            self.period, self._count = self._periods[level], 0
+            self.period, self._count, self._uphill = self._periods[level], 0, 0
         rests = self.period == 1 and self._count >= ENOUGH and age == lag
         self._next = iteration + (REST if rests else self.period if self.period > 1 else SHORTEST)
 
@@ -93,7 +102,7 @@ class PeriodRule:
         """The weights have begun to move much further: measure now, and trust nothing that was measured before."""
         if self._fixed is None:
             self.period, self._next, self._trend, self._count = self._periods[0], iteration, 0.0, 0
-            self._last = None
+            self._last, self._uphill = None, 0
 
     def state(self) -> dict[str, Any]:
         return {
@@ -102,13 +111,14 @@ class PeriodRule:
             "last": self._last,
             "trend": self._trend,
             "count": self._count,
+            "uphill": self._uphill,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         known = self._fixed is None and state["period"] in self._periods
         self.period = state["period"] if known else self._fixed or self._periods[0]
         self._next, self._last = state["next"], state.get("last")
-        self._trend, self._count = state["trend"], state["count"]
+        self._trend, self._count, self._uphill = state["trend"], state["count"], state.get("uphill", 0)
 
 
 class Pace:

@@ -15,8 +15,9 @@ from torch import Tensor
 from bpfx._gradients import Grads, adder, cosine, difference, dot
 from bpfx._matching import matching_gradient
 from bpfx._offset_state import OffsetState
-from bpfx._scales import Products
+from bpfx._scales import Anchor, Products, sample
 from bpfx._serial import Piece
+from bpfx.offset import Offset
 from bpfx.passes.graph import HEADS
 from bpfx.passes.programs import LocalGradient
 from bpfx.passes.rng import get_rng_state, set_rng_state
@@ -88,8 +89,8 @@ class RefreshSum:
         state: the stored offsets.
         block_of: the block of every parameter.
         alpha: scale of the local gradient inside Δ, by block.
-        agreement: whether pieces are compared with each other, which :class:`bpfx._scales.AutoLambda` needs.
-        match: whether the heads' matching gradients are wanted.
+        offset: says what else is wanted: a comparison of the pieces (for ``lam="auto"``), samples of both gradients
+            (for ``alpha="auto"``), the heads' matching gradients.
         shared: parameters that several blocks train; their local gradient is not scaled.
         ranks: the processes among which every piece is divided, where there are several. ``part`` is the share of this
             one in the piece that it goes through; all of them measure and store the whole piece's differences.
@@ -100,15 +101,15 @@ class RefreshSum:
         state: OffsetState,
         block_of: Mapping[str, int],
         alpha: Callable[[int], float] = lambda block: 1.0,
-        agreement: bool = False,
-        match: bool = False,
+        offset: Offset | None = None,
         shared: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
     ) -> None:
-        self.matching: Grads | None = {} if match else None  # gradients of heads by name
+        self.matching: Grads | None = {} if offset and offset.match > 0 else None  # gradients of heads by name
         self.ranks, self.part = ranks, 1.0 if ranks is None else 1.0 / ranks.size
         self.shared = shared
-        self.state, self.block_of, self.alpha, self.agreement = state, block_of, alpha, agreement
+        self.state, self.block_of, self.alpha = state, block_of, alpha
+        self.agreement = offset is not None and offset.lam == "auto"
         self.bad: list[str] = []  # parameters whose Δ was NaN or infinite
         self.seen: set[str] = set()
         self._sums: dict[int, Sums] = {}
@@ -116,6 +117,9 @@ class RefreshSum:
         self._rejected: dict[int, float] = {}  # by block, the shares of the pieces that were left out
         self._blocks_of: dict[str, set[int]] = {}  # a tied parameter has a difference in every block that reads it
         self._torn: list[str] = []
+        self._anchors: dict[int, Anchor] | None = None  # of the first piece that is finite
+        if offset is not None and offset.alpha == "auto":
+            self._anchors = {}
 
     def scale(self, block: int, name: str) -> float:
         """Of the local gradient inside Δ."""
@@ -139,6 +143,8 @@ class RefreshSum:
         if not self._shares.get(block):
             if ell is not None and name in self.state and name not in self.seen:
                 sums["old_local"] += dot([self.state[name]], [ell])
+            if self._anchors is not None and g is not None and ell is not None and name not in self.shared:
+                self._anchors.setdefault(block, {})[name] = sample(name, g), sample(name, ell)
         elif self.agreement and g is not None and name in self.seen:
             sums["ahead"] += dot([self.state[name]], [g]) / sum(self._shares[block])
 
@@ -149,10 +155,13 @@ class RefreshSum:
             self._blocks_of.setdefault(name, set()).add(block)
         for name in names:
             sums["delta"] += dot([deltas[name]], [deltas[name]])
-            if not math.isfinite(sums["delta"]):  # one number shows it without another tensor of that size
-                self.bad.append(name)
+            finite = math.isfinite(sums["delta"])  # one number shows it without another tensor of that size
+            if not finite or not self.state.holds(deltas[name]):
+                self.bad.append(f"{name} (beyond the range of {self.state.dtype})" if finite else name)
                 self._rejected[block] = self._rejected.get(block, 0.0) + share
                 deltas.clear()
+                if self._anchors is not None and not self._shares.get(block):
+                    self._anchors.pop(block, None)
                 return
         first = not self._shares.get(block)
         known = first and all(n in self.state for n in names)
@@ -168,7 +177,7 @@ class RefreshSum:
             self.seen.add(name)
         total = self._sums.setdefault(block, defaultdict(float))
         if known:
-            total |= {f"first_{key}": sums[key] for key in ("bp", "local", "across")}
+            total["first_bp"] = sums["bp"]
         for key, value in sums.items():
             total[key] += value if key in ("old", "old_local", "stale") else value * share
         self._shares.setdefault(block, []).append(share)
@@ -217,10 +226,7 @@ class RefreshSum:
     def _found(self, block: int, sums: Sums, accepted: float, square: float, weight: float) -> BlockFound:
         alpha = self.alpha(block)
         spread = self._spread(block, sums["delta"] / accepted, square)
-        behind = residual = None
-        if sums["old"] > 0:
-            behind = sums["stale"] + alpha * sums["old_local"]
-            residual = sums["first_across"] - alpha * sums["first_local"] - sums["old_local"]
+        behind = sums["stale"] + alpha * sums["old_local"] if sums["old"] > 0 else None
         shares = self._shares[block]
         later = sum(shares[1:])
         return BlockFound(
@@ -235,11 +241,10 @@ class RefreshSum:
             products=Products(
                 square=square,
                 noise=spread,
-                local=sums["first_local"],
-                residual=residual,
                 behind=behind,
                 stale=sums["stale"] if sums["old"] > 0 else None,
                 ahead=sums["ahead"] / later if self.agreement and later > 0 else None,
+                anchor=self._anchors.get(block) if self._anchors is not None else None,
             ),
         )
 

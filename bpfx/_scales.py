@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 MEMORY = 0.8  # of the running means over refreshes
 STEADY = 0.9  # of those that λ is learnt from
 SLOW = 0.95  # of the sums of its least squares
 LEAST = 0.05  # of what an estimate is divided by
-PACE = 0.5  # of the way to the best α at one refresh
+SAMPLE = 512  # numbers of a parameter's gradient by which two refreshes are compared
+
+Anchor = dict[str, tuple[Tensor, Tensor]]  # by parameter, samples of BP and local gradient at one refresh
+
+
+def sample(name: str, gradient: Tensor) -> Tensor:
+    """Numbers of a gradient, at the same places every time, scaled so that products are those of the whole in the mean.
+
+    Args:
+        name: of the parameter; the places depend on it.
+        gradient: any shape. With up to 512 numbers all of them are taken.
+    """
+    count = gradient.numel()
+    if count > SAMPLE:
+        places = torch.randint(count, (SAMPLE,), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        chosen = torch.take(gradient, places.to(gradient.device)) * math.sqrt(count / SAMPLE)
+    else:
+        chosen = gradient.flatten().resolve_conj()
+    real = torch.view_as_real(chosen).flatten() if chosen.is_complex() else chosen
+    return real.detach().cpu().to(torch.float64, copy=True)
 
 
 @dataclasses.dataclass
@@ -21,50 +46,59 @@ class Products:
     Attributes:
         square: ‖Δ‖².
         noise: share of it that is sampling noise, estimated from the pieces; ``None`` with a single piece.
-        local: ‖ℓ‖² of the first piece.
-        residual: ⟨Δ − Δ', ℓ⟩ of the first piece; ``None`` without an old offset.
         behind: ⟨g, Δ'⟩ of the first piece; ``None`` without an old offset.
         ahead: ⟨g, Δ⟩ with g from another piece than Δ; ``None`` with a single piece.
         stale: ⟨Δ, Δ'⟩ of the first piece; ``None`` without an old offset.
+        anchor: samples of g and ℓ of the first piece; ``None`` where α is not learnt.
     """
 
     square: float
     noise: float | None
-    local: float
-    residual: float | None
     behind: float | None
     ahead: float | None
     stale: float | None = None
+    anchor: Anchor | None = None
 
 
 class AutoAlpha:
     """α that would have predicted the next BP gradient best (form "B").
 
-    The control variate's error r = (g_t − g₀) − α(ℓ_t − ℓ₀) is smallest in the mean square at
-    α* = ⟨g_t − g₀, ℓ_t − ℓ₀⟩ / ‖ℓ_t − ℓ₀‖². At a refresh r = Δ − Δ' is known, but ℓ₀ is gone. As r only changes its
-    sign when the two times are exchanged, ⟨r, ℓ₀⟩ = −⟨r, ℓ_t⟩ in the mean, and α goes along ⟨r, ℓ_t⟩ / ‖ℓ_t‖², which is
-    Newton's step for gradients that share nothing and a shorter one otherwise.
+    The control variate's error (g_t − g₀) − α(ℓ_t − ℓ₀) is smallest in the mean square at
+    α* = ⟨g_t − g₀, ℓ_t − ℓ₀⟩ / ‖ℓ_t − ℓ₀‖². Both are means over refreshes, of a sample of every parameter: neither g₀
+    nor ℓ₀ is kept whole.
     """
 
     def __init__(self) -> None:
         self.value = 1.0
         self._sums = [0.0, 0.0]
+        self._before: Anchor = {}
 
     def take(self, found: Products) -> None:
-        if found.residual is None:
+        if found.anchor is None:
             return
-        self._sums = [
-            MEMORY * old + (1 - MEMORY) * new
-            for old, new in zip(self._sums, (found.residual, found.local), strict=True)
-        ]
+        before, self._before = self._before, found.anchor
+        if before.keys() != self._before.keys():
+            return
+        for i, change in enumerate(_changes(before, self._before)):
+            self._sums[i] = MEMORY * self._sums[i] + (1 - MEMORY) * change
         if self._sums[1] > 0:
-            self.value = min(max(self.value + PACE * self._sums[0] / self._sums[1], 0.0), 1.0)
+            self.value = min(max(self._sums[0] / self._sums[1], 0.0), 1.0)
 
     def state(self) -> dict[str, Any]:
-        return {"value": self.value, "sums": list(self._sums)}
+        return {"value": self.value, "sums": list(self._sums), "before": dict(self._before)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.value, self._sums = state["value"], list(state["sums"])
+        self.value, self._sums, self._before = state["value"], list(state["sums"]), dict(state.get("before", {}))
+
+
+def _changes(before: Mapping[str, tuple[Tensor, Tensor]], now: Anchor) -> tuple[float, float]:
+    """⟨g_t − g₀, ℓ_t − ℓ₀⟩ and ‖ℓ_t − ℓ₀‖²."""
+    across = square = 0.0
+    for name, (bp, local) in now.items():
+        moved = local - before[name][1]
+        across += float(torch.dot(bp - before[name][0], moved))
+        square += float(torch.dot(moved, moved))
+    return across, square
 
 
 class AutoLambda:

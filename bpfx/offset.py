@@ -15,6 +15,7 @@ from bpfx.passes.batch import BatchSpec, as_call
 
 Schedule = float | Sequence[float] | Callable[[int], float]
 FORMS = ("A", "B")
+STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass
@@ -45,7 +46,8 @@ class Offset:
             micro-batches or more).
         data: an iterable of batches (a DataLoader, say) from which a refresh takes its samples where ``batch`` is
             larger than the current batch, at least as many as that; it is begun again when it ends.
-        dtype: how Δ is stored: ``None`` for the parameters' own dtype, a floating dtype such as ``torch.bfloat16``, or
+        dtype: how Δ is stored: ``None`` for the parameters' own dtype, ``torch.float64``, ``torch.float32``,
+            ``torch.bfloat16`` or ``torch.float16`` (6e-8 to 65504: a larger Δ is left out, with a warning), or
             ``"int8"`` (symmetric codes, one scale per 128 numbers; a quarter of fp32's memory).
         device: where Δ is stored, ``"cpu"`` to keep it out of an accelerator's memory; ``None`` for the parameters'
             own device.
@@ -79,6 +81,10 @@ class Offset:
     match: float = 0.0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "data" and hasattr(value, "tolist"):  # numbers and arrays of NumPy, tensors
+                setattr(self, field.name, value.tolist())
         if self.period != "auto" and not _whole(self.period):
             raise BpfxError(f"Offset(period={self.period!r}): pass a whole number of at least 1, or 'auto'")
         if not _whole(self.micro_batches):
@@ -102,6 +108,8 @@ class Offset:
             raise BpfxError(f"Offset(bounds={self.bounds!r}): pass two periods, the smaller first, such as (1, 4)")
         if not (_number(self.match) and self.match >= 0):
             raise BpfxError(f"Offset(match={self.match!r}): pass a number of at least 0")
+        if self.data is not None and not hasattr(self.data, "__iter__") and not hasattr(self.data, "__getitem__"):
+            raise BpfxError(f"Offset(data={self.data!r}): pass an iterable of batches, such as a DataLoader, or None")
         if self.data is not None and self.batch is None:
             raise BpfxError(
                 "Offset(data=…) is read for refreshes of more samples than a batch has; pass batch= as well"
@@ -122,18 +130,22 @@ class Offset:
             )
 
     def _check_storage(self) -> None:
-        known = self.dtype is None or self.dtype == "int8"
-        if not known and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+        known = self.dtype is None or isinstance(self.dtype, torch.dtype) or self.dtype == "int8"
+        if not known or (isinstance(self.dtype, torch.dtype) and self.dtype not in STORED):
             raise BpfxError(
-                f"Offset(dtype={self.dtype!r}): pass a floating dtype such as torch.bfloat16, 'int8', or None"
+                f"Offset(dtype={self.dtype!r}): pass {', '.join(map(str, STORED))}, 'int8', or None; a smaller float "
+                "would lose most of Δ, where 'int8' has a scale per 128 numbers"
             )
         if self.device is not None:
             try:
-                torch.device(self.device)
-            except (RuntimeError, TypeError):
+                torch.empty(0, device=self.device)
+                known = torch.device(self.device).type != "meta"
+            except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+                known = False
+            if not known:
                 raise BpfxError(
-                    f"Offset(device={self.device!r}): pass a device such as 'cpu' or 'cuda:0', or None"
-                ) from None
+                    f"Offset(device={self.device!r}): pass a device of this machine, such as 'cpu' or 'cuda:0', or None"
+                )
 
     def scale_of(self, name: str, iteration: int) -> float:
         """α or λ at an iteration, where it is no ``"auto"``.

@@ -354,10 +354,8 @@ class Step(OnOneDevice):
         """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
         correction, iteration = self._correction, self.iteration
         assert correction is not None
-        inside, match = partial(correction.inside, iteration=iteration), correction.offset.match > 0
-        total = RefreshSum(
-            correction.state, correction.block_of, inside, correction.compares, match, correction.shared, self._ranks
-        )
+        inside, shared = partial(correction.inside, iteration=iteration), correction.shared
+        total = RefreshSum(correction.state, correction.block_of, inside, correction.offset, shared, self._ranks)
         try:
             yield total
         except BaseException:

@@ -54,8 +54,6 @@ class Model:
         return Products(
             square=square,
             noise=max(mean_square - square, 0.0) / (self.pieces - 1) / square if self.pieces > 1 else None,
-            local=dot(locals_[0][0], locals_[0][0]),
-            residual=dot(first - old[0], locals_[0][0]) if old is not None else None,
             behind=dot(old[0], locals_[0][0] + first) if old is not None else None,
             ahead=sum(ahead) / len(ahead) if ahead else None,
             stale=dot(first, old[0]) if old is not None else None,

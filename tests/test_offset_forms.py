@@ -83,12 +83,14 @@ def test_clip_bounds_the_offset_block_by_block(clip: float) -> None:
     step = convert(case, cuts, offset=bpfx.Offset(period=1, clip=clip))
     bp, local = bp_oracle(case, 0), of_model(detached_oracle(case, step.heads, cuts, 0))
     found = of_model(drop_in(step, case.batch, seed=0))
+    logged = {record["block"]: record["lam"] for record in step.diagnostics.refreshes[0]["blocks"]}
     for block in step.plan.blocks[:-1]:
         names = block.parameter_names
         added = norm({n: found[n] - local[n] for n in names})
         limit = clip * norm({n: local[n] for n in names})
         whole = norm({n: bp.grads[n] - local[n] for n in names})
         assert added == pytest.approx(min(limit, whole), rel=1e-6)
+        assert logged[block.index] == pytest.approx(min(limit / whole, 1.0) if whole else 1.0, rel=1e-6)
 
 
 def norm(tensors: dict[str, Tensor]) -> float:
@@ -300,20 +302,35 @@ RULES = [
     ({"bounds": (1, 16)}, 0.5, "REEE" * 4 + "RLLL" * 4 + "RLLLLLLL" * 4 + "R" + "L" * 15),
     ({"bounds": (2, 8)}, 0.5, "RL" * 4 + "RLLL" * 4 + "RLLLLLLL"),
     ({"bounds": (2, 2)}, -0.5, "RLRLRLRL"),
+    ({}, [0.9, 0.9, -0.6], "REEE" * 4 + ("R" + "E" * 11 + "REEE") * 3),  # one block's offset overshoots
     ({"bounds": (1, 3)}, 0.5, "REEE" * 4 + "R" + "E" * 11),  # no period between 1 and 4 is worth it
 ]
 
 
 @pytest.mark.parametrize(("options", "descent", "expected"), RULES)
-def test_the_period_follows_the_offsets(options: dict[str, Any], descent: float, expected: str) -> None:
+def test_the_period_follows_the_offsets(options: dict[str, Any], descent: Any, expected: str) -> None:
     rule = PeriodRule(bpfx.Offset(**options))
-    assert kinds(rule, len(expected), lambda t: [descent]) == expected
+    descents = descent if isinstance(descent, list) else [descent]
+    assert kinds(rule, len(expected), lambda t: descents) == expected
 
 
 def test_a_period_that_has_become_too_long_is_given_up() -> None:
     rule = PeriodRule(bpfx.Offset())
     letters = kinds(rule, 100, lambda t: [0.5 if t < 30 else -0.5])
     assert "RLLL" in letters[:30] and "L" not in letters[60:] and letters[60:].count("R") < 10
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([-0.2], "RLLL" + "REEE"),  # on trial: one refresh is enough
+        ([-0.05], "RLLL" * 4 + "REEE"),  # not clearly: the mean of four
+        ([0.9, -0.6], "RLLL" * 2 + "REEE"),  # a block in which Δ leads up twice
+    ],
+)
+def test_a_period_on_trial_is_given_up(after: list[float], expected: str) -> None:
+    rule = PeriodRule(bpfx.Offset())
+    assert kinds(rule, 16 + len(expected), lambda t: [0.5] if t <= 16 else after)[16:] == expected
 
 
 def test_a_rule_goes_on_where_it_was_saved() -> None:

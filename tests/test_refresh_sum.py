@@ -14,9 +14,14 @@ from torch import Tensor, nn
 import bpfx
 from bpfx._correction import REFRESH
 from bpfx._offset_state import OffsetState
-from bpfx._refresh import RefreshSum
+from bpfx._refresh import BlockFound, RefreshSum
+from bpfx._scales import Products
 
 NAN = float("nan")
+PRODUCTS = Products(square=1.0, noise=None, behind=None, ahead=None)
+BLOCK = BlockFound(
+    cosine=0.5, ratio=1.0, staleness=None, spread=None, descent=None, bp=1.0, local=1.0, norm=1.0, products=PRODUCTS
+)
 
 
 def settled(pieces: list[dict[int, dict[str, float]]], old: dict[str, float] | None = None) -> tuple[RefreshSum, dict]:
@@ -152,3 +157,36 @@ def test_a_state_of_another_version_is_refused() -> None:
     del state["_extra_state"]["correction"]["pace"]
     with pytest.raises(bpfx.BpfxError, match="lacks pace: another version of bpfx saved it"):
         step.load_state_dict(state)
+
+
+def test_a_block_that_keeps_its_old_offset_keeps_its_age() -> None:
+    """λ decays from the refresh that a block's Δ comes from, not from a later one that failed there."""
+    step = converted(bpfx.Offset(period=2, decay=0.5))
+    correction = step._correction
+    assert correction is not None
+    step(*batches(4)[0]).backward()
+    step(*batches(4)[0]).backward()
+    blocks = sorted(set(correction.block_of.values()) - {correction.last})
+    found = correction.settle(2, dict.fromkeys(blocks[1:], BLOCK))
+    assert [record["lam"] for record in found] == [1.0] * len(blocks[1:])
+    assert [correction.lam(k, 2) for k in blocks] == [0.25] + [1.0] * len(blocks[1:])
+    again = converted(bpfx.Offset(period=2, decay=0.5))
+    assert again._correction is not None
+    again._correction.load_progress(correction.progress())
+    assert again._correction.lam(blocks[0], 3) == 0.125
+
+
+def test_an_offset_beyond_the_range_of_its_storage_is_left_out_with_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    x, y = torch.randn(8, 4), torch.randn(8, 1)
+    step = bpfx.convert(
+        model,
+        lambda out, y: 1e6 * F.mse_loss(out, y),
+        (x, y),
+        blocks=["2"],
+        offset=bpfx.Offset(period=2, dtype=torch.float16),
+    )
+    with pytest.warns(bpfx.BpfxWarning, match=r"0\.(weight|bias) \(beyond the range of torch.float16\)"):
+        step(x, y).backward()
+    assert not step.offset_state
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bpfx
+from bpfx._stability import Stability
 
 
 @dataclasses.dataclass
@@ -53,6 +54,7 @@ def train(
     iterations: int,
     *,
     weight: float = 1.0,
+    momentum: float = 0.0,
     jump: int | None = None,
     until: str | None = None,
 ) -> Run:
@@ -72,7 +74,7 @@ def train(
 
     offset = bpfx.Offset(period=period)
     step = bpfx.convert(model, F.mse_loss, batch(), blocks=blocks, offset=offset, local_loss=("supervised", weight))
-    optimizer = torch.optim.SGD(step.parameters(), lr=rate)
+    optimizer = torch.optim.SGD(step.parameters(), lr=rate, momentum=momentum)
     run = Run([], [])
     for t in range(iterations):
         if t == jump:
@@ -108,6 +110,47 @@ def test_an_automatic_period_stays_finite_where_a_fixed_one_does_not(net: str, p
     run = train(net, "auto", rate, 120, weight=0.1)
     assert run.broken is None
     assert run.losses[-1] < run.losses[0]
+
+
+@pytest.mark.parametrize(("net", "period", "rate"), [("quadratic", 16, 0.1), ("linear", 8, 0.02), ("linear", 4, 0.03)])
+def test_with_momentum_it_is_named_well_before_the_loss_breaks(net: str, period: int, rate: float) -> None:
+    run = train(net, period, rate, 300, weight=0.1, momentum=0.9)
+    warned = run.first("unstable offset")
+    assert run.broken is not None, "the setting has to diverge"
+    assert warned is not None and warned <= run.broken - 2 * period
+
+
+def complaints(cosines: list[list[float]], norms: list[list[float]]) -> list[str]:
+    """What is said at each of a series of refreshes, given by block."""
+    watch, found = Stability(), []
+    for i in range(1, len(norms)):
+        before, now = (dict(enumerate(norms[j])) for j in (i - 1, i))
+        again = Stability()
+        again.load(watch.state())
+        found.append(watch.complaint(dict(enumerate(cosines[i])), before, now) or "")
+        assert (again.complaint(dict(enumerate(cosines[i])), before, now) or "") == found[-1], "a saved one goes on"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cosines", "norms", "expected"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], [1, 1, 5, 30], ["", "", ""]),  # gradients grow, and point where they did
+        ([0.0, -0.6, -0.6, -0.6], [1, 1, 1, 1], ["", "points against the old one", ""]),  # said once
+        ([0.0, -0.3, 0.0, 0.0], [1, 5, 5, 5], ["points against the old one", "", ""]),
+        ([0.0, -0.3, -0.3, -0.3], [1, 1, 2, 4], ["", "", "have become 4 times as large"]),
+        ([0.0, -0.3, 0.6, -0.3], [1, 1, 2, 4], ["", "", ""]),  # not on the whole
+    ],
+)
+def test_an_offset_that_turns_and_grows_is_named(cosines: list[float], norms: list[float], expected: list[str]) -> None:
+    found = complaints([[c, c] for c in cosines], [[n, n] for n in norms])
+    for words, complaint in zip(expected, found, strict=True):
+        assert bool(words) == bool(complaint) and words in complaint
+
+
+def test_one_block_whose_offset_turns_and_grows_is_named() -> None:
+    found = complaints([[0.9] * 7 + [-0.9]] * 4, [[1000.0] * 7 + [5.0**i] for i in range(4)])
+    assert found[:1] == [""] and "block 7's offsets turn against the ones before" in "".join(found[1:])
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -114,18 +114,23 @@ class CsvWriter:
         every_rank: write in every process of torch.distributed, not in the first one only; to be given a path each.
 
     Raises:
-        BpfxError: the file is there and holds something else.
+        BpfxError: the file is there and holds something else, or is a folder; a column of another name.
 
     Example:
         >>> remove = step.diagnostics.listen(CsvWriter("refreshes.csv"))  # doctest: +SKIP
     """
 
     def __init__(self, path: str | Path, columns: Sequence[str] = REFRESHES, every_rank: bool = False) -> None:
+        if isinstance(columns, str) or not columns or not {*columns} <= {*REFRESHES, *LOSSES}:
+            known = f"{', '.join(REFRESHES)} of refreshes, {', '.join(LOSSES)} of local losses"
+            raise BpfxError(f"CsvWriter(columns={columns!r}): pass a list of names out of {known}")
         self.path, self.columns = Path(path), ("iteration", "block", *columns)
         self.last = -1  # iteration of the last rows
         self._writes = every_rank or is_rank_zero()
         if not self._writes:
             return
+        if self.path.is_dir():
+            raise BpfxError(f"CsvWriter({str(path)!r}): that is a folder; pass the path of a file in it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists() or not self.path.stat().st_size:
             self._append([self.columns])
@@ -213,7 +218,7 @@ class TensorBoardWriter:
         every_rank: as for :class:`CsvWriter`.
 
     Raises:
-        BpfxError: tensorboard is not installed.
+        BpfxError: tensorboard is not installed; the folder is a file.
 
     Example:
         >>> writer = TensorBoardWriter("runs/first", start=step.iteration or None)  # doctest: +SKIP
@@ -222,6 +227,8 @@ class TensorBoardWriter:
 
     def __init__(self, folder: str | Path, start: int | None = None, every_rank: bool = False) -> None:
         made, writes = summary_writer(), every_rank or is_rank_zero()
+        if Path(folder).is_file():
+            raise BpfxError(f"TensorBoardWriter({str(folder)!r}): that is a file; pass a folder for the events")
         self._writer: SummaryWriter | None = made(str(folder), purge_step=start) if writes else None
 
     def __call__(self, flat: Mapping[str, float]) -> None:

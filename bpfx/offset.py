@@ -33,8 +33,8 @@ class Offset:
             as an offset that is a few iterations old would lead away from the minimum, and a period of 4 iterations or
             more while it does not (docs/offset.md has the rule). A stale Δ can diverge where weights move far between
             two refreshes, so a fixed K cannot be chosen without the learning rate.
-        batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples. More need
-            ``data``.
+        batch: samples used for a refresh (B′). ``None``: the current batch. Fewer: its first samples (all of a batch
+            that is smaller still, such as the last of an epoch). More need ``data``.
         micro_batches: the refresh's samples are split into so many pieces and the gradients averaged, each weighted by
             its share of the loss (samples, or targets that count), which keeps the refresh inside the memory of one
             piece.

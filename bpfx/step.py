@@ -335,6 +335,8 @@ class Step(OnOneDevice):
         wanted = samples = spec.samples(tensors)
         if offset.batch is not None:
             wanted = offset.batch * spec.rows
+            if self._refresh_data is None and samples < wanted <= spec.batch_size:
+                wanted = samples  # the smaller last batch of an epoch
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:

@@ -43,7 +43,19 @@ def period_factor(mu: float, a: float, rate: float, period: int, lam: float = 1.
         -1.04
     """
     _check(period=period, rate=rate, mu=mu, a=a, lam=lam)
-    return _Walk(a, rate, period).factor(lam * (mu - a))
+    step = rate * a
+    try:
+        if step == 0:
+            power, total = 1.0, float(period)
+        elif step < 1:  # exact also where ρ^K is almost 1
+            change = math.expm1(period * math.log1p(-step))
+            power, total = 1 + change, -change / step
+        else:
+            power = (1 - step) ** period
+            total = (1 - power) / step
+    except OverflowError:
+        return math.inf
+    return power - rate * lam * (mu - a) * total
 
 
 def longest_stable_period(mu: float, a: float, rate: float, lam: float = 1.0) -> int | None:
@@ -74,11 +86,10 @@ def longest_stable_period(mu: float, a: float, rate: float, lam: float = 1.0) ->
     rho = 1 - rate * a
 
     def stable(period: int) -> bool:
-        return abs(_Walk(a, rate, period).factor(extra)) < 1
+        return abs(period_factor(mu, a, rate, period, lam)) < 1
 
-    if not stable(1):
+    if not 0 < rate * (a + extra) < 2:
         return 0
-    # From here on 0 < a + extra < 2/rate.
     if rho <= 0:  # the local steps alone overshoot
         if rho <= -1:
             return next(period - 1 for period in range(2, 10**9) if not stable(period))
@@ -90,7 +101,7 @@ def longest_stable_period(mu: float, a: float, rate: float, lam: float = 1.0) ->
                 return last
             last += 1
         return None
-    if a == 0:
+    if rate * a == 0:
         limit = 2 / (rate * extra)
     else:
         c = extra / a
@@ -98,8 +109,8 @@ def longest_stable_period(mu: float, a: float, rate: float, lam: float = 1.0) ->
             return None
         limit = math.log1p(2 / (c - 1)) / -math.log1p(-rate * a)
     last = max(int(limit) - 1, 1)
-    while stable(last + 1):
-        last += 1
+    for _ in range(3):  # the limit is right but for its rounding
+        last += stable(last + 1)
     return last
 
 

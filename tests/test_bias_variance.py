@@ -152,6 +152,25 @@ def test_the_longest_stable_period_is_where_the_factor_leaves_one(a: float, rate
             assert math.isfinite(theory.stationary_error(**setting_ | {"period": found}))
 
 
+@pytest.mark.parametrize("rate", [1e-3, 1e-9, 1e-300])
+@pytest.mark.parametrize("a", [0.0, 0.2, -0.2])
+def test_a_tiny_rate_is_no_more_work(rate: float, a: float) -> None:
+    found = theory.longest_stable_period(1.0, a, rate)
+    assert found is not None
+    assert abs(theory.period_factor(1.0, a, rate, found)) < 1.0 + 1e-12
+    assert abs(theory.period_factor(1.0, a, rate, found + max(found // 1000, 2))) > 1.0
+    by_limit = 2 / rate if a == 0 else math.log1p(2 / ((1 - a) / a - 1)) / (rate * a)
+    assert found == pytest.approx(by_limit, rel=2e-3)
+
+
+@pytest.mark.parametrize("a", [-0.5, 0.0, 1e-9, 0.3, 1.0, 25.0])
+def test_the_factor_is_that_of_steps_one_by_one(a: float) -> None:
+    rate, lam, theta = 0.06, 0.8, 1.0
+    for period in range(1, 12):
+        theta -= rate * (a * theta + lam * (1.0 - a))  # Δ was measured at 1
+        assert theory.period_factor(1.0, a, rate, period, lam) == pytest.approx(theta, rel=1e-9, abs=1e-9)
+
+
 # --- the best λ -------------------------------------------------------------------------------------------------------
 
 

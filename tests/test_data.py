@@ -166,6 +166,21 @@ def test_torchvision_set_without_arrays_is_decoded_lazily(image_folder: Path) ->
     assert splits.train.fetch(torch.tensor([0, 15]))[0].shape == (2, 3, 16, 16)
 
 
+def test_labels_with_more_than_the_class_in_them_are_read_from_the_samples(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    raw = tmp_path / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 6), ("test", 4)):  # big-endian int32: type, dimensions, then eight facts per image
+        images = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + bytes(count * 784)
+        facts = [fact for index in range(count) for fact in (index % 3, *range(7))]
+        labels = bytes([0, 0, 12, 2]) + b"".join(n.to_bytes(4, "big") for n in (count, 8, *facts))
+        (raw / f"qmnist-{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"qmnist-{part}-labels-idx2-int").write_bytes(labels)
+    splits = data.load("QMNIST", data_root=tmp_path)
+    assert len(splits.classes) in (3, 10) and (len(splits.train), len(splits.test)) == (6, 4)
+    assert splits.train.fetch(torch.arange(6))[1].tolist() == [0, 1, 2, 0, 1, 2]
+
+
 # image folders
 
 

@@ -332,6 +332,22 @@ def test_a_file_of_something_else_is_left_alone(text: str, words: str, tmp_path:
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("columns", ["loss", [], ["los"], [*LOSSES, "learning_rate"]], ids=str)
+def test_columns_of_other_names_are_refused(columns: Any, tmp_path: Path) -> None:
+    with pytest.raises(bpfx.BpfxError, match="pass a list of names out of cosine, .* loss of local losses"):
+        CsvWriter(tmp_path / "log.csv", columns=columns)
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(bpfx.BpfxError, match="that is a folder; pass the path of a file"):
+        CsvWriter(tmp_path)
+    pytest.importorskip("tensorboard")
+    (tmp_path / "events").write_text("")
+    with pytest.raises(bpfx.BpfxError, match="that is a file; pass a folder"):
+        TensorBoardWriter(tmp_path / "events")
+
+
 def test_a_file_that_cannot_be_written_ends_in_a_warning(tmp_path: Path) -> None:
     path, own = tmp_path / "r.csv", Diagnostics()
     own.listen(CsvWriter(path))

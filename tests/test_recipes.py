@@ -125,10 +125,13 @@ def test_published_weights_load_but_for_the_classifier(
         ("text", "cannot be read as a state dict"),
         ({}, "holds no state dict"),
         ({"epoch": 3}, "holds no state dict"),
+        ({"epoch": 3, "model": {"weight": torch.ones(2)}}, "holds no state dict.*'model' may be one: save that alone"),
+        ({"module.weight": torch.ones(2)}, "every name begins with 'module.'.*save wrapped.module.state_dict"),
+        ({"fc.weight": torch.ones(2).to_sparse()}, "'fc.weight' is quantized or sparse"),
         ({"weight": torch.ones(2)}, "lacks 'bn1.bias' and .* more; has 'weight' and 0 more"),
         ("other shape", r"has 'conv1.weight' as \(64, 3, 3, 3\) instead of \(64, 3, 7, 7\)"),
     ],
-    ids=["missing", "text", "empty", "no tensors", "other model", "other shape"],
+    ids=["missing", "text", "empty", "no tensors", "nested", "wrapped", "sparse", "other model", "other shape"],
 )
 def test_weights_that_do_not_fit_are_refused_in_words(content: Any, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "weights.pt"
@@ -141,6 +144,15 @@ def test_weights_that_do_not_fit_are_refused_in_words(content: Any, expected: st
         torch.save(content, file)
     with pytest.raises(BpfxError, match=expected):
         resnet50_full.build(CLASSES, weights=str(file))
+
+
+def test_weights_without_a_classifier_leave_it_at_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = torchvision.models.resnet50(num_classes=3).state_dict()
+    torch.save({name: value for name, value in state.items() if not name.startswith("fc.")}, tmp_path / "weights.pt")
+    model = resnet50_full.build(CLASSES, weights=str(tmp_path / "weights.pt"))
+    assert "has no classifier; one for 10 classes begins at random" in capsys.readouterr().out
+    torch.testing.assert_close(model.conv1.weight, state["conv1.weight"])
+    assert model.fc.out_features == CLASSES
 
 
 def test_no_network_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +171,8 @@ def test_no_network_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--lr", "-1"], "--lr must be a positive number, not -1.0"),
+        (["--smok"], "unrecognized arguments: --smok"),
+        (["--period", "0"], "'0' is neither a number of at least 1 nor auto"),
         (["--blocks", "none"], "'none' is neither a number of at least 1 nor auto"),
         (["--device", "tpu"], "The device 'tpu' is not available here"),
         (["--data", "CIFAR11"], "Unknown data set 'CIFAR11'"),
@@ -172,6 +186,11 @@ def test_wrong_arguments_are_refused_in_words(
     assert run(vit_b16_lora, tmp_path / "out", *arguments) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_one_image_that_batchnorm_cannot_train_on_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(resnet50_full, tmp_path, "--batch-size", "1", "--train-images", "1", "--method", "bp") == 2
+    assert "BatchNorm cannot train on 1 image of 32 px; raise --batch-size" in capsys.readouterr().err
 
 
 def test_a_result_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,6 +97,19 @@ def test_a_refresh_may_begin_in_the_middle_of_the_data() -> None:
     assert step.iteration == 5
 
 
+def test_a_smaller_last_batch_is_taken_whole() -> None:
+    short = batches(3)[0]
+    found = []
+    for batch in (4, 3, None):
+        step = converted(bpfx.Offset(period=1, batch=batch))  # the example has 4 samples
+        step(*short).backward()
+        found.append(step.diagnostics.refreshes[0]["blocks"][0]["bp"])
+    assert found[0] > 0 and found == pytest.approx([found[0]] * 3)
+    step = converted(bpfx.Offset(period=1, batch=5))
+    with pytest.raises(bpfx.BpfxError, match="batch=5.* is larger than the current batch of 3"):
+        step(*short)
+
+
 @pytest.mark.parametrize("sizes", [(), (0, 0)])
 def test_data_without_samples_is_refused(sizes: tuple[int, ...]) -> None:
     step = converted(bpfx.Offset(period=1, batch=8, data=batches(*sizes)))

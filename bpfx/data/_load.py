@@ -154,7 +154,10 @@ def _open_parts(name: str, factory: Callable[..., Any], root: Path, download: bo
             options["split"] = "balanced"
         choices: list[list[dict[str, Any]]] = [[{"train": True}], [{"train": False}]]
     elif "split" in parameters:
-        choices = [[{"split": "train"}, {"split": "trainval"}], [{"split": s} for s in ("test", "val", "valid")]]
+        choices = [
+            [{"split": s} for s in ("train", "trainval", "train-standard")],
+            [{"split": s} for s in ("test", "val", "valid")],
+        ]
     else:
         choices = [[{}]]
     return [_open_first(name, factory, root, options, choice) for choice in choices]
@@ -235,7 +238,10 @@ def _all_labels(part: Any) -> list[Any]:
     for attribute in ("targets", "labels", "_labels", "y"):
         values = getattr(part, attribute, None)
         if values is not None:
-            return list(values)
+            table = (
+                getattr(values, "ndim", 1) > 1
+            )  # several facts about each image, of which its samples show the class
+            return [label for _, label in part] if table else list(values)
     return []
 
 

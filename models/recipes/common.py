@@ -137,10 +137,14 @@ def load_weights(
     state = fit(_published(published) if weights == PUBLISHED else _read(Path(weights)))
     own = model.state_dict()
     new = {f"{classifier}.weight", f"{classifier}.bias"}
+    note = ""
+    if not new & state.keys():
+        note = f"{source} has no classifier; one for {own[f'{classifier}.weight'].shape[0]} classes begins at random."
+        state |= {name: own[name] for name in new}
     if any(name in state and state[name].shape != own[name].shape for name in new):
         size_of = next(n for n in sorted(new) if n in state and state[n].shape != own[n].shape)
         given, wanted = (entries[size_of].shape[0] if entries[size_of].dim() else "?" for entries in (state, own))
-        print(f"{source}: the classifier for {given} classes is left out; one for {wanted} classes begins at random.")
+        note = f"{source}: the classifier for {given} classes is left out; one for {wanted} classes begins at random."
         state = {name: own[name] if name in new else value for name, value in state.items()}
     # Files from before torch 0.4.1 lack the counters, which matter to BatchNorm(momentum=None) only.
     missing = sorted(n for n in own if n not in state and not n.endswith("num_batches_tracked"))
@@ -155,6 +159,8 @@ def load_weights(
             "of torchvision's model, such as the model.pt of an earlier run, or --weights none."
         )
     model.load_state_dict(state, strict=False)
+    if note:
+        print(note)
 
 
 def _published(weights: Any) -> dict[str, Tensor]:
@@ -179,7 +185,17 @@ def _read(path: Path) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), file)."
         ) from None
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BpfxError(f"--weights {path} holds no state dict, which maps names to tensors; save model.state_dict().")
+        inner = [n for n, v in state.items() if isinstance(v, dict)] if isinstance(state, dict) else []
+        advice = f"its entry {inner[0]!r} may be one: save that alone" if inner else "save model.state_dict()"
+        raise BpfxError(f"--weights {path} holds no state dict, which maps names to tensors; {advice}.")
+    odd = next((n for n, v in state.items() if v.is_quantized or v.layout != torch.strided), None)
+    if odd is not None:
+        raise BpfxError(f"--weights {path}: {odd!r} is quantized or sparse; save the weights as plain tensors.")
+    prefix = next(iter(state)).partition(".")[0] + "."
+    if prefix in ("module.", "_orig_mod.") and all(name.startswith(prefix) for name in state):
+        raise BpfxError(
+            f"--weights {path}: every name begins with {prefix!r}, a wrapper's; save wrapped.{prefix}state_dict()."
+        )
     return state
 
 
@@ -256,7 +272,14 @@ def updater(
         named = list(model.named_parameters())
 
         def step(x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(model(x), y)
+            try:
+                return F.cross_entropy(model(x), y)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise BpfxError(
+                    f"BatchNorm cannot train on {len(x)} image of {x.shape[-1]} px; raise --batch-size or --image-size."
+                ) from None
     else:
         offset = bpfx.Offset(period=arguments.period) if arguments.method == "offset" else None
         blocks = recipe.blocks if arguments.blocks is None else arguments.blocks
@@ -390,8 +413,16 @@ def _blocks(text: str) -> str | int:
     raise argparse.ArgumentTypeError(f"{text!r} is neither a number of at least 1 nor auto")
 
 
+def _period(text: str) -> str | int:
+    if text == "auto" or (text.isdecimal() and int(text)):
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of at least 1 nor auto")
+
+
 def _parse(recipe: Recipe, description: str, given: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # No abbreviations: `--smoke` has to be seen before the others are parsed.
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     add = parser.add_argument
     add("--data", default="CIFAR100", help="a torchvision set, or a folder of images (default: CIFAR100)")
     add("--data-root", metavar="DIR", help="folder of torchvision's sets")
@@ -403,7 +434,7 @@ def _parse(recipe: Recipe, description: str, given: Sequence[str] | None) -> arg
     add("--weights", default=PUBLISHED, metavar="FILE", help="a state dict, none, or torchvision (default)")
     kinds = "bp, checkpointing, local, offset (default), or serial: exact BP block by block"
     add("--method", choices=METHODS, default="offset", metavar="NAME", help=kinds)
-    add("--period", type=int, default=4, metavar="K", help="steps between two refreshes of the offset (default: 4)")
+    add("--period", type=_period, default="auto", metavar="K", help="steps from refresh to refresh (default: auto)")
     add("--blocks", type=_blocks, metavar="N", help="a number, or auto (default: the recipe's)")
     add("--epochs", type=int, default=recipe.epochs, metavar="N", help=f"default: {recipe.epochs}")
     add("--batch-size", type=int, default=recipe.batch_size, metavar="N", help=f"default: {recipe.batch_size}")
@@ -419,7 +450,7 @@ def _parse(recipe: Recipe, description: str, given: Sequence[str] | None) -> arg
     if "--smoke" in (sys.argv[1:] if given is None else given):
         parser.set_defaults(**SMOKE)
     parsed = parser.parse_args(given)
-    for name in ("image_size", "train_images", "test_images", "period", "epochs", "batch_size", "workers"):
+    for name in ("image_size", "train_images", "test_images", "epochs", "batch_size", "workers"):
         value = getattr(parsed, name)
         if value is not None and value < 1:
             raise BpfxError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")

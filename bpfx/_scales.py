@@ -15,6 +15,8 @@ MEMORY = 0.8  # of the running means over refreshes
 STEADY = 0.9  # of those that λ is learnt from
 SLOW = 0.95  # of the sums of its least squares
 LEAST = 0.05  # of what an estimate is divided by
+LONGEST = 0.95  # of κt: beyond 1 nothing is stable
+GRID = [i / 200 for i in range(201)]  # of λ
 SAMPLE = 512  # numbers of a parameter's gradient by which two refreshes are compared
 
 Anchor = dict[str, tuple[Tensor, Tensor]]  # by parameter, samples of BP and local gradient at one refresh
@@ -102,25 +104,22 @@ def _changes(before: Mapping[str, tuple[Tensor, Tensor]], now: Anchor) -> tuple[
 
 
 class AutoLambda:
-    """λ that balances what local gradients miss against the noise frozen into Δ.
+    """λ with the smallest mean square error in the linear model of :mod:`bpfx.theory`, from what refreshes measure.
 
-    In the linear model of :mod:`bpfx.theory`, with d = μ − a, s the noise in ‖Δ‖², P the squared mean of Δ (b²μ²/m²),
-    V the variance of θ, W = μdV and κ = ημK/2, the derivative of the stationary mean square error by λ is zero where
-
-        (1−λ)·P + W/2 = κ·λ·s        so that        λ* = (P + W/2) / (P + κs)
-
-    P is what λ < 1 leaves of the bias. W is there because a larger λ also pulls harder towards the minimum. None of
-    μ, a, η is known here, but refreshes show their effect. In the mean, for small ημK, with r = d/μ:
+    With d = μ − a, r = d/μ, t = m/μ = 1 − (1−λ)r, S the sum of ρ^j over a period, κ = ημS/2, s the noise in ‖Δ‖², P the
+    squared mean of Δ (b²/t²) and W = μ·d times the variance of θ at refreshes. None of μ, a, b, η is known here, but
+    refreshes show their effect. In the mean,
 
         ⟨Δ, Δ⟩ − s            = P + rW
-        ⟨g, Δ⟩                = (1−λ)P + W                      (``ahead``)
-        ⟨g, Δ⟩ − ⟨g, Δ'⟩      = 2κ·(λs + (1 − (1−λ)r)·W)        (``ahead − behind``: how strongly the weights answer)
-        ⟨Δ, Δ⟩ − s − ⟨Δ, Δ'⟩  = r · (⟨g, Δ⟩ − ⟨g, Δ'⟩)          (``square``, ``stale``)
+        ⟨g, Δ⟩                = (1−λ)P + W                (``ahead``)
+        ⟨g, Δ⟩ − ⟨g, Δ'⟩      = 2κ·(λs + tW)              (``ahead − behind``: how strongly the weights answer)
+        ⟨Δ, Δ⟩ − s − ⟨Δ, Δ'⟩  = r · (⟨g, Δ⟩ − ⟨g, Δ'⟩)    (``square``, ``stale``)
 
-    These are four equations for P, W, κ and r. κ and r come from least squares over refreshes, in which a refresh
-    weighs by how much it can say: after a small λ the answer is mostly chance. Without ``stale`` r is unknown, and
-    W = 0 stands in for it, which costs up to 0.1 of λ where heads have little of the curvature and local noise is
-    large. Within 0.1 of the best constant in the model (tests/test_bias_variance.py).
+    Four equations for P, W, κ and r, and all four are exact. κ and r are ratios of sums over refreshes, in which a
+    refresh weighs by λs, the noise that is known to have gone into the weights: after a small λ the answer is mostly
+    chance, and the weight must not depend on that chance. :meth:`_best` then looks for the smallest error. Without
+    ``stale`` r is unknown, and 0 stands in for it. Within 0.1 of the best constant in the model
+    (tests/test_bias_variance.py). Source: derived for bpfx, docs/offset.md.
     """
 
     def __init__(self) -> None:
@@ -135,25 +134,49 @@ class AutoLambda:
         before = self.value
         noise = self._mean("noise", found.noise * found.square)
         steady = max(self._mean("square", found.square) - noise, 0.0)  # P + rW
-        if found.ahead is None:
-            kappa, missed, pull = 1.0, steady, 0.0
-        else:
-            ahead, scale = self._mean("ahead", found.ahead), self._mean("scale", before)
-            answer = found.ahead - found.behind if found.behind is not None else None
-            ratio = 0.0
-            missed, pull = steady, 0.0
-            if answer is not None and found.stale is not None:
-                change = found.square * (1 - found.noise) - found.stale
-                ratio = self._slope("ratio", before * answer, before * change)
-                missed = (steady - ratio * ahead) / max(1 - ratio * (1 - scale), LEAST)
-                missed = min(max(missed, 0.0), steady)
-                pull = max(ahead - (1 - scale) * missed, 0.0)
-            if answer is None:
-                kappa = 1.0  # stable training has κ below 1; before anything is known the cautious end is taken
-            else:
-                kappa = self._slope("kappa", 2 * (before * noise + (1 - (1 - before) * ratio) * pull), answer)
-        full = missed + kappa * noise
-        self.value = min((missed + pull / 2) / full, 1.0) if full > 0 else 1.0
+        if found.ahead is None:  # nothing is known of κ; 1 is the cautious end
+            self.value = steady / (steady + noise) if noise > 0 else 1.0
+            return
+        ahead, scale = self._mean("ahead", found.ahead), self._mean("scale", before)
+        answer = found.ahead - found.behind if found.behind is not None else None
+        weight, ratio, kappa = before * noise, 0.0, 1.0  # stable training has κ below 1
+        if answer is not None and found.stale is not None:
+            change = found.square * (1 - found.noise) - found.stale
+            ratio = min(max(self._ratio("ratio", weight * change, weight * answer, 0.0), -1.0), 1.0)
+        lasting = (steady - ratio * ahead) / max(1 - ratio * (1 - scale), LEAST)
+        lasting = min(max(lasting, 0.0), max(1.0, 1 - ratio) * steady)
+        wander = ahead - (1 - scale) * lasting
+        wander = max(wander, 0.0) if ratio >= 0 else min(wander, 0.0)  # W has the sign of r
+        if answer is not None:
+            expected = 2 * (before * noise + (1 - (1 - before) * ratio) * wander)
+            kappa = min(max(self._ratio("kappa", weight * answer, weight * expected, 1.0), 0.0), 1.0)
+        self.value = self._best(lasting, wander, noise, kappa, ratio, scale)
+
+    @staticmethod
+    def _best(lasting: float, wander: float, noise: float, kappa: float, ratio: float, scale: float) -> float:
+        """λ' with the smallest error, up to the factor μ², where P and W were measured under a λ of ``scale``.
+
+        The bias is (1−λ')²·Pt²/t'². With h = 2κt', a period's shrinking, A what local noise adds in a period and
+        F = (2κλ')²·s what frozen noise adds, the variance at refreshes is V = (A + F) / (h(2−h)), and its mean over a
+        period, in which local noise adds up evenly and frozen noise by squares, (1 − h + h²/3)·V + A/2 + F/3.
+        """
+        here = 1 - (1 - scale) * ratio
+        shrinking = 2 * min(kappa * here, LONGEST)
+        spread = wander / ratio if abs(ratio) > LEAST else 0.0
+        added = max(spread * shrinking * (2 - shrinking) - (2 * kappa * scale) ** 2 * noise, 0.0)
+
+        def error(lam: float) -> float:
+            there = 1 - (1 - lam) * ratio
+            h = 2 * kappa * there
+            if there <= 0 or h >= 2:
+                return math.inf
+            frozen = (2 * kappa * lam) ** 2 * noise
+            at_refreshes = (added + frozen) / (h * (2 - h)) if h > 0 else 0.0
+            variance = (1 - h + h * h / 3) * at_refreshes + added / 2 + frozen / 3
+            return ((1 - lam) * here / there) ** 2 * lasting + variance
+
+        # The larger one of equals: without noise nothing speaks against the whole of Δ.
+        return min(reversed(GRID), key=error)
 
     def _mean(self, name: str, value: float) -> float:
         # A plain mean at first, so that one unlucky refresh does not begin it.
@@ -163,11 +186,13 @@ class AutoLambda:
         self._means[name] = old + share * (value - old)
         return self._means[name]
 
-    def _slope(self, name: str, x: float, y: float) -> float:
-        """Of y over x by least squares, kept within [0, 1]."""
-        squares = self._sums[f"{name} squares"] = SLOW * self._sums.get(f"{name} squares", 0.0) + x * x
-        product = self._sums[name] = SLOW * self._sums.get(name, 0.0) + x * y
-        return min(max(product / squares, 0.0), 1.0) if squares > 0 else 1.0
+    def _ratio(self, name: str, above: float, below: float, otherwise: float) -> float:
+        """Of two sums over refreshes."""
+        sums = [
+            SLOW * self._sums.get(f"{name} {part}", 0.0) + new for part, new in (("above", above), ("below", below))
+        ]
+        self._sums |= {f"{name} above": sums[0], f"{name} below": sums[1]}
+        return sums[0] / sums[1] if sums[1] > 0 else otherwise
 
     def state(self) -> dict[str, Any]:
         return {

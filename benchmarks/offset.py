@@ -10,7 +10,7 @@
 A run is named PART/ROW/SEED. FILE.py has functions mobilenet_v2(), efficientnet_lite0() and dinov2_vits14(img_size=…)
 that return modules with pretrained weights; FILE.npz holds `x` (uint8, N×S×S×3), `y` and `classes`. Each run has a BP
 step of a twin timed beside its own ones. Results are written after every run; two processes may share one --out.
-Writes OUT.json, OUT.md and OUT.png.
+Writes OUT.json, OUT.md and OUT.png, and the tables of docs/choosing.md where OUT is the default.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ import accuracy
 import torch
 from losses_report import spoken
 from offset_parts import NEEDS_WEIGHTS, PARTS, ROWS, Ground, Unusable
-from offset_report import markdown, plot
+from offset_report import markdown, plot, write_guide
 from parts import as_json
 from rich.console import Console
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ from bpfx.memory import measure_peak
 from bpfx.train import Trainee
 
 RESULTS = Path(__file__).parent / "results"
+GUIDE = Path(__file__).parent.parent / "docs" / "choosing.md"
 MICRO_BATCHES = 4  # of the block-serial trainer, whose memory is measured beside the drop-in loop's
 EVERY = 5  # iterations from one timed BP step to the next
 
@@ -458,6 +459,8 @@ def report(runs: dict[str, Run], out: Path) -> int:
     text = markdown(runs)
     accuracy._write(table, text)
     drawn = plot(runs, picture)
+    if out == RESULTS / "offset":
+        accuracy._write(GUIDE, write_guide(GUIDE.read_text("utf-8"), runs))
     print(text)
     print(f"Wrote {table}" + (f", {picture}" if drawn else "; no plot: nothing to draw, or no matplotlib"))
     failed = [name for name, run in runs.items() if run["status"] == "failed"]

@@ -189,6 +189,36 @@ def markdown(runs: dict[str, Run]) -> str:
     return "\n".join([*lines, "", "Each run's own command, settings and date are in the JSON.", ""])
 
 
+SHORT = (
+    "| | seeds | test accuracy % | points below BP, same seeds | time of a step, × BP | peak, drop-in "
+    "| peak, `BlockTrainer`, 4 micro-batches |"
+)
+
+
+def short(rows: Rows) -> str:
+    """What is worth knowing of a part's rows."""
+    lines = [SHORT, f"|---|{'--:|' * 6}"]
+    for name in rows:
+        values, below = accuracies(rows, name), [-d for d in differences(rows, name, "bp")] if name != "bp" else []
+        if not values:
+            continue
+        peaks = [peak(rows, name, loop) for loop in LOOPS]
+        line = [LABELS[name], str(len(values)), mean(values), f"{statistics.fmean(below):.1f}" if below else "–"]
+        line += [f"{statistics.fmean(times(rows, name)):.2f}"]
+        lines.append(f"| {' | '.join([*line, *(f'{100 * p[0]:.0f} %' if p else '–' for p in peaks)])} |")
+    return "\n".join(lines)
+
+
+def write_guide(text: str, runs: dict[str, Run]) -> str:
+    """The page with the tables of its parts, which stand between markers, made anew."""
+    for part in TITLES:
+        start, end = f"<!-- offset {part} -->", f"<!-- /offset {part} -->"
+        if start in text:
+            before, rest = text.split(start, 1)
+            text = f"{before}{start}\n{short(grouped(runs, part))}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
 def sentence(settings: dict[str, Any]) -> str:
     """The one configuration of all rows."""
     rest = {key: value for key, value in settings.items() if key not in ("model", "data", "pretraining", "try_out")}

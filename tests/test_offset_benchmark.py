@@ -72,6 +72,20 @@ def test_the_targets_of_fine_tuning_are_computed(script: ModuleType) -> None:
     assert verdicts(script, bad) == ["**missed**"] * 5
 
 
+def test_the_guide_shows_the_stored_results(script: ModuleType) -> None:
+    runs = script.load(BENCHMARKS / "results" / "offset.json")
+    page = script.GUIDE.read_text("utf-8")
+    assert "<!-- offset tuning -->" in page and "<!-- offset scratch -->" in page
+    assert script.write_guide(page, runs) == page, "run python benchmarks/offset.py --report-only"
+
+
+def test_a_line_of_the_guide(script: ModuleType) -> None:
+    runs = stored(*three("tuning", "bp", 80, 81, 82), *three("tuning", "offset", 79, 80, 80))
+    found = script.write_guide("a\n<!-- offset tuning -->\nold\n<!-- /offset tuning -->\nb", runs).splitlines()
+    assert (found[0], found[-1]) == ("a", "b")
+    assert found[-3] == "| offset (default) | 3 | 79.7 ± 0.6 | 1.3 | 1.50 | 40 % | 20 % |"
+
+
 def test_from_scratch_the_best_plain_local_row_counts_and_all_of_them_are_needed(script: ModuleType) -> None:
     runs = [*three("scratch", "bp", 90, 90, 91), *three("scratch", "offset", 89, 89, 90)]
     runs += [*three("scratch", "local", 80, 80, 81), *three("scratch", "local-predsim", 82, 83, 82)]

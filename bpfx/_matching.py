@@ -10,7 +10,7 @@ which reaches φ alone, through the head's own backward, and costs no pass over 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,30 @@ from bpfx._gradients import Grads
 from bpfx.errors import BpfxError
 from bpfx.passes.precision import outside_autocast
 from bpfx.passes.programs import BoundaryLoss, LocalGradient
+
+
+def check_matching(weight: float, programs: Iterable[object]) -> None:
+    """Raise where heads cannot match the gradient at their block's own boundary, or where none would learn to.
+
+    Args:
+        weight: ``Offset(match=…)``.
+        programs: the local steps of all blocks.
+
+    Raises:
+        BpfxError: a local loss looks further than its block; no head has parameters.
+    """
+    local = [p for p in programs if isinstance(p, LocalGradient)]
+    far = next((p for p in local if p.ahead), None)
+    if far is not None:
+        raise BpfxError(
+            f"Offset(match={weight}) needs horizon 1, since a head is to match the gradient at its own block's "
+            f"boundary; the local loss of block {far.block.index} looks {len(far.ahead)} further"
+        )
+    if not any(p.local_loss is not None and p.local_loss.parameter_names for p in local):
+        raise BpfxError(
+            f"Offset(match={weight}) trains the heads, and no local loss here has one with parameters; pass match=0, "
+            "or another local loss"
+        )
 
 
 def matching_gradient(

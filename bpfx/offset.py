@@ -15,6 +15,7 @@ from bpfx.passes.batch import BatchSpec, as_call
 
 Schedule = float | Sequence[float] | Callable[[int], float]
 FORMS = ("A", "B")
+BOUNDS = (1, 4)  # up to K = 4: the longest whose accuracy was measured
 STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,7 +78,7 @@ class Offset:
     form: str = "A"
     decay: float = 1.0
     clip: float | None = None
-    bounds: tuple[int, int] = (1, 4)
+    bounds: tuple[int, int] = BOUNDS
     match: float = 0.0
 
     def __post_init__(self) -> None:
@@ -106,6 +107,11 @@ class Offset:
         pair = isinstance(self.bounds, (tuple, list)) and len(self.bounds) == 2 and all(map(_whole, self.bounds))
         if not pair or self.bounds[0] > self.bounds[1]:
             raise BpfxError(f"Offset(bounds={self.bounds!r}): pass two periods, the smaller first, such as (1, 4)")
+        if self.period != "auto" and tuple(self.bounds) != BOUNDS:
+            raise BpfxError(
+                f"Offset(period={self.period}, bounds={self.bounds!r}): bounds are those of period='auto'; pass one of "
+                "the two"
+            )
         if not (_number(self.match) and self.match >= 0):
             raise BpfxError(f"Offset(match={self.match!r}): pass a number of at least 0")
         if self.data is not None and not hasattr(self.data, "__iter__") and not hasattr(self.data, "__getitem__"):

@@ -21,6 +21,7 @@ from bpfx._deliver import Deliver
 from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads, merged
 from bpfx._loss_scale import LossScale
+from bpfx._matching import check_matching
 from bpfx._offset_state import OffsetState
 from bpfx._parallel import Ranks, rounds_of
 from bpfx._refresh import RefreshSum, idle_piece, refresh_piece, restore_statistics, running_statistics
@@ -100,14 +101,8 @@ class Step(OnOneDevice):
         if offset is not None:
             block_of = {n: b.index for b in reversed(compiler.main.blocks) for n in b.trainable}
             last = compiler.main.blocks[-1].index
-            programs = (s.local for s in compiler.main.stages)
-            ahead = {p.block.index: len(p.ahead) for p in programs if isinstance(p, LocalGradient) and p.ahead}
-            if offset.match and ahead:
-                k = min(ahead)
-                raise BpfxError(
-                    f"Offset(match={offset.match}) needs horizon 1, since a head is to match the gradient at its own "
-                    f"block's boundary; the local loss of block {k} looks {ahead[k]} further"
-                )
+            if offset.match:
+                check_matching(offset.match, [s.local for s in compiler.main.stages])
             count = Counter(n for b in compiler.main.blocks for n in b.trainable)
             shared = frozenset(n for n, times in count.items() if times > 1)
             moving = [n for n in self._trainable if block_of.get(n, last) != last]

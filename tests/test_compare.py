@@ -8,15 +8,18 @@ import os
 import re
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import bpfx
 from bpfx import cli, compare, models
-from bpfx._config import Config, prepare
+from bpfx._config import Config, build, prepare
 from bpfx._runs import batches
 from bpfx.compare import methods, plots, runs
 from bpfx.compare.methods import Case, Method
@@ -145,6 +148,56 @@ def test_every_row_can_be_made_and_explained(key: str) -> None:
     assert "{" not in row.explain(4, 4, 25)
     method = row.make(case())
     assert isinstance(method.cycle, int | None)
+
+
+OFFSETS: dict[str, Callable[[], bpfx.Offset | None]] = {  # as docs/compare.md has them, with K = 2 and batches of 8
+    "local": lambda: None,
+    "stale": lambda: bpfx.Offset(form="B", alpha=0.0, period=2),
+    "offset": lambda: bpfx.Offset(period=2),
+    "decayed": lambda: bpfx.Offset(period=2, decay=0.7),
+    "auto-lambda": lambda: bpfx.Offset(period=2, lam="auto"),
+    "default": lambda: bpfx.Offset(),
+    "fresh": lambda: bpfx.Offset(period=1, batch=2),
+    "variate": lambda: bpfx.Offset(period=1, batch=2, form="B", alpha="auto"),
+    "matched": lambda: bpfx.Offset(period=2, match=1.0),
+}
+
+
+def by_hand(offset: bpfx.Offset | None, iterations: int) -> dict[str, torch.Tensor]:
+    """Weights after a plain loop over the same batches."""
+    splits = prepare(CONFIG)
+    model, given = build(CONFIG, splits), batches(splits.train, CONFIG, 0)
+    step = bpfx.convert(model, F.cross_entropy, next(given), blocks=3, offset=offset)
+    optimizer = torch.optim.AdamW(step.parameters(), lr=CONFIG.lr, weight_decay=CONFIG.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CONFIG.lr, total_steps=iterations, cycle_momentum=False)
+    torch.manual_seed(CONFIG.seed + 1)
+    for _, (x, y) in zip(range(iterations), batches(splits.train, CONFIG, 0), strict=False):
+        step(x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("key", OFFSETS)
+def test_a_row_is_the_loop_that_the_page_says(key: str) -> None:
+    found, expected = trained(key, case(iterations=6)), by_hand(OFFSETS[key](), 6)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_rows_differ() -> None:
+    """But for `default`, which begins with exact steps and is BP in so short a run."""
+    first = {key: trained(key, case(iterations=6))["0.0.weight"] for key in OFFSETS}
+    assert all(not torch.equal(first[a], first[b]) for a in first for b in first if a < b)
+    torch.testing.assert_close(first["default"], trained("bp", case(iterations=6))["0.0.weight"], rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("iterations", [5, 13])
+def test_a_longer_or_shorter_run_has_its_whole_cycle_of_rates(iterations: int) -> None:
+    _, method = runs.train(ROWS["bp"], case(iterations=iterations), runs.Watch())
+    assert method.optimizer is not None
+    rates = {group["lr"] for group in method.optimizer.param_groups}
+    assert len(rates) == 1 and rates.pop() < CONFIG.lr / 1000
 
 
 def test_no_two_rows_look_alike_in_the_plots() -> None:

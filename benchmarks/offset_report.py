@@ -213,7 +213,7 @@ def write_guide(text: str, runs: dict[str, Run]) -> str:
     """The page with the tables of its parts, which stand between markers, made anew."""
     for part in TITLES:
         start, end = f"<!-- offset {part} -->", f"<!-- /offset {part} -->"
-        if start in text:
+        if start in text and any(run["part"] == part for run in runs.values()):
             before, rest = text.split(start, 1)
             text = f"{before}{start}\n{short(grouped(runs, part))}\n{end}{rest.split(end, 1)[1]}"
     return text

@@ -58,6 +58,7 @@ class Correction:
         self._measured = 0  # iteration of the last refresh
         self._since: dict[int, int] = {}  # the refresh that a block's Δ comes from; it may have failed since
         self._stability = Stability()
+        self._largest = 0  # samples of a batch so far
         self.matching: Grads = {}  # gradients of heads, for the iteration of the refresh
         self._beginning = copy.deepcopy(self.progress())
 
@@ -94,6 +95,11 @@ class Correction:
     def _in_exact_phase(self, iteration: int) -> bool:
         """Whether this is a refresh among exact steps, and so one of them."""
         return self._was_exact and iteration == self._measured
+
+    def available(self, samples: int, wanted: int | None = None) -> int:
+        """Samples of a refresh that is to have ``wanted``: all of a batch that is smaller than earlier ones."""
+        self._largest = max(self._largest, samples)
+        return samples if wanted is None or samples < wanted <= self._largest else wanted
 
     def check(self, iteration: int) -> None:
         """Raise where a schedule has no value for this iteration, before anything is changed."""
@@ -202,8 +208,10 @@ class Correction:
                 self._alpha.setdefault(k, AutoAlpha()).take(block.products)
             if self.offset.lam == "auto":
                 self._lam.setdefault(k, AutoLambda()).take(block.products)
-        self.rule.measured(iteration, [b.descent for b in found.values() if b.descent is not None])
-        if not self._was_exact:  # among exact steps nobody follows Δ
+        self.rule.measured(iteration, {k: b.descent for k, b in found.items() if b.descent is not None})
+        if self._was_exact:  # nobody follows Δ there
+            self._stability = Stability()
+        else:
             self._warn(iteration, period, found, before)
         if (period == 1) != (self.rule.period == 1):
             self._pace.restart()
@@ -221,11 +229,11 @@ class Correction:
 
     def failed(self, iteration: int) -> None:
         """A refresh of which nothing could be used."""
-        self.rule.measured(iteration, ())
+        self.rule.measured(iteration, {})
 
     def _warn(self, iteration: int, period: int, found: Mapping[int, BlockFound], before: Mapping[int, float]) -> None:
         cosines = {k: block.staleness for k, block in found.items() if block.staleness is not None}
-        complaint = self._stability.complaint(cosines, before, {k: self._norms[k] for k in found})
+        complaint = self._stability.complaint(cosines, before, self._norms)
         if complaint is None:
             return
         advice = "pass a smaller period, lam or learning rate, or period='auto'"
@@ -270,12 +278,13 @@ class Correction:
             "measured": self._measured,
             "since": dict(self._since),
             "stability": self._stability.state(),
+            "largest": self._largest,
         }
 
     def check_progress(self, state: Mapping[str, Any] | None) -> None:
         """Raise where :meth:`load_progress` could not take it over."""
         missing = (
-            sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact", "since", "stability"})
+            sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact", "since", "stability", "largest"})
             if state is not None
             else []
         )
@@ -300,7 +309,7 @@ class Correction:
         self._inside = {int(k): v for k, v in state.get("inside", {}).items()}
         self._since = {int(k): v for k, v in state.get("since", {}).items()}
         self._was_exact = state.get("was_exact", False)
-        self._measured = state["measured"]
+        self._measured, self._largest = state["measured"], state.get("largest", 0)
         self._stability = Stability()
         if "stability" in state:
             self._stability.load(state["stability"])

@@ -64,19 +64,9 @@ class OffsetState(Mapping[str, Tensor]):
         for part in self._stored[name].parts if name in self._stored else ():
             part.prefetch()
 
-    def holds(self, value: Tensor) -> bool:
-        """Whether a finite Δ is finite still when it is stored."""
-        if not isinstance(self.dtype, torch.dtype) or not value.numel():
-            return True
-        most = torch.finfo(self.dtype).max
-        if torch.finfo(value.dtype).max <= most:
-            return True
-        low, high = _real(value).aminmax()
-        return max(-float(low), float(high)) <= most
-
     def put(self, name: str, value: Tensor) -> None:
         """Store Δ of one parameter. Where nothing is to be converted or moved, ``value`` itself is kept."""
-        plain = _real(value)
+        plain = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         if self.dtype == "int8":
             tensors = _encode8(plain)
         else:
@@ -137,10 +127,6 @@ class OffsetState(Mapping[str, Tensor]):
             return self.dtype == "int8" and len(parts) == 2
         real = dtype.to_real() if dtype.is_complex else dtype
         return parts[0].dtype == (self.dtype or real)
-
-
-def _real(value: Tensor) -> Tensor:
-    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _encode8(value: Tensor) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class PeriodRule:
         self._last: int | None = None  # iteration of the last refresh
         self._trend = 0.0
         self._count = 0
-        self._uphill = 0  # refreshes in a row at which one block's Δ led clearly up
+        self._uphill: set[int] = set()  # blocks whose Δ led clearly up when it was last measured
+        self._again = False  # whether one of them did the time before as well
 
     @property
     def auto(self) -> bool:
@@ -73,28 +74,30 @@ class PeriodRule:
             return REFRESH
         return EXACT if self.period == 1 else LOCAL
 
-    def measured(self, iteration: int, descents: Sequence[float]) -> None:
-        """Take the cosines of new BP gradients and old Δ that a refresh found; none where it failed."""
+    def measured(self, iteration: int, descents: Mapping[int, float]) -> None:
+        """Take the cosines of new BP gradients and old Δ that a refresh found, by block; none where it failed."""
         if self._fixed is not None:
             return
         age, self._last = (iteration - self._last if self._last is not None else None), iteration
         lag = self.period if self.period > 1 else SHORTEST
         level, move = self._periods.index(self.period), 0
         if descents and age == lag:
-            descent = sum(descents) / len(descents)
+            descent = sum(descents.values()) / len(descents)
             self._count += 1
             share = max(1 / self._count, 1 - MEMORY)
             self._trend += share * (descent - self._trend)
-            self._uphill = self._uphill + 1 if min(descents) < UPHILL else 0
+            uphill = {block for block, cosine in descents.items() if cosine < UPHILL}
+            self._again, self._uphill = bool(self._uphill & uphill), uphill
             if self._count < ENOUGH and descent < FALL:
                 move = -1
         if self._count >= ENOUGH:
             move = 1 if self._trend > RISE else -1 if self._trend < 0 else 0
-        if self._uphill > 1:
+        if self._again:
             move = min(move, 0 if self.period == 1 else -1)
         level = min(max(level + move, 0), len(self._periods) - 1)
         if self._periods[level] != self.period:
-            self.period, self._count, self._uphill = self._periods[level], 0, 0
+            self.period, self._count = self._periods[level], 0
+            self._uphill, self._again = set(), False
         rests = self.period == 1 and self._count >= ENOUGH and age == lag
         self._next = iteration + (REST if rests else self.period if self.period > 1 else SHORTEST)
 
@@ -102,7 +105,7 @@ class PeriodRule:
         """The weights have begun to move much further: measure now, and trust nothing that was measured before."""
         if self._fixed is None:
             self.period, self._next, self._trend, self._count = self._periods[0], iteration, 0.0, 0
-            self._last, self._uphill = None, 0
+            self._last, self._uphill, self._again = None, set(), False
 
     def state(self) -> dict[str, Any]:
         return {
@@ -111,14 +114,16 @@ class PeriodRule:
             "last": self._last,
             "trend": self._trend,
             "count": self._count,
-            "uphill": self._uphill,
+            "uphill": sorted(self._uphill),
+            "again": self._again,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         known = self._fixed is None and state["period"] in self._periods
         self.period = state["period"] if known else self._fixed or self._periods[0]
         self._next, self._last = state["next"], state.get("last")
-        self._trend, self._count, self._uphill = state["trend"], state["count"], state.get("uphill", 0)
+        self._trend, self._count = state["trend"], state["count"]
+        self._uphill, self._again = set(state.get("uphill", ())), state.get("again", False)
 
 
 class Pace:

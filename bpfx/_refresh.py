@@ -155,9 +155,8 @@ class RefreshSum:
             self._blocks_of.setdefault(name, set()).add(block)
         for name in names:
             sums["delta"] += dot([deltas[name]], [deltas[name]])
-            finite = math.isfinite(sums["delta"])  # one number shows it without another tensor of that size
-            if not finite or not self.state.holds(deltas[name]):
-                self.bad.append(f"{name} (beyond the range of {self.state.dtype})" if finite else name)
+            if not math.isfinite(sums["delta"]):  # one number shows it without another tensor of that size
+                self.bad.append(name)
                 self._rejected[block] = self._rejected.get(block, 0.0) + share
                 deltas.clear()
                 if self._anchors is not None and not self._shares.get(block):

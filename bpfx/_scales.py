@@ -13,10 +13,10 @@ from torch import Tensor
 
 MEMORY = 0.8  # of the running means over refreshes
 STEADY = 0.9  # of those that λ is learnt from
-SLOW = 0.95  # of the sums of its least squares
+SLOW = 0.95  # of the sums whose ratios it needs
 LEAST = 0.05  # of what an estimate is divided by
-LONGEST = 0.95  # of κt: beyond 1 nothing is stable
-GRID = [i / 200 for i in range(201)]  # of λ
+LONGEST = 0.95  # of κ and κt: beyond 1 nothing is stable
+GRID = [i / 200 for i in range(1, 201)]  # of λ: at 0 no weight would answer to Δ, and nothing be learnt any more
 SAMPLE = 512  # numbers of a parameter's gradient by which two refreshes are compared
 
 Anchor = dict[str, tuple[Tensor, Tensor]]  # by parameter, samples of BP and local gradient at one refresh
@@ -90,7 +90,8 @@ class AutoAlpha:
         return {"value": self.value, "sums": list(self._sums), "before": dict(self._before)}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.value, self._sums, self._before = state["value"], list(state["sums"]), dict(state.get("before", {}))
+        self.value, self._before = state["value"], dict(state.get("before", {}))
+        self._sums = list(state["sums"]) if "before" in state else [0.0, 0.0]  # other sums in earlier versions
 
 
 def _changes(before: Mapping[str, tuple[Tensor, Tensor]], now: Anchor) -> tuple[float, float]:
@@ -118,7 +119,7 @@ class AutoLambda:
     Four equations for P, W, κ and r, and all four are exact. κ and r are ratios of sums over refreshes, in which a
     refresh weighs by λs, the noise that is known to have gone into the weights: after a small λ the answer is mostly
     chance, and the weight must not depend on that chance. :meth:`_best` then looks for the smallest error. Without
-    ``stale`` r is unknown, and 0 stands in for it. Within 0.1 of the best constant in the model
+    ``stale`` r is unknown, and 0 stands in for it. Within 0.05 of the best constant in the model
     (tests/test_bias_variance.py). Source: derived for bpfx, docs/offset.md.
     """
 
@@ -139,7 +140,7 @@ class AutoLambda:
             return
         ahead, scale = self._mean("ahead", found.ahead), self._mean("scale", before)
         answer = found.ahead - found.behind if found.behind is not None else None
-        weight, ratio, kappa = before * noise, 0.0, 1.0  # stable training has κ below 1
+        weight, ratio, kappa = before * noise, 0.0, 1.0  # before anything is known the cautious end: κ is below 1
         if answer is not None and found.stale is not None:
             change = found.square * (1 - found.noise) - found.stale
             ratio = min(max(self._ratio("ratio", weight * change, weight * answer, 0.0), -1.0), 1.0)
@@ -160,6 +161,7 @@ class AutoLambda:
         F = (2κλ')²·s what frozen noise adds, the variance at refreshes is V = (A + F) / (h(2−h)), and its mean over a
         period, in which local noise adds up evenly and frozen noise by squares, (1 − h + h²/3)·V + A/2 + F/3.
         """
+        kappa = min(kappa, LONGEST)
         here = 1 - (1 - scale) * ratio
         shrinking = 2 * min(kappa * here, LONGEST)
         spread = wander / ratio if abs(ratio) > LEAST else 0.0

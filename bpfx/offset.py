@@ -16,7 +16,7 @@ from bpfx.passes.batch import BatchSpec, as_call
 Schedule = float | Sequence[float] | Callable[[int], float]
 FORMS = ("A", "B")
 BOUNDS = (1, 4)  # up to K = 4: the longest whose accuracy was measured
-STORED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STORED = (torch.float64, torch.float32, torch.bfloat16)
 
 
 @dataclasses.dataclass
@@ -47,9 +47,9 @@ class Offset:
             micro-batches or more).
         data: an iterable of batches (a DataLoader, say) from which a refresh takes its samples where ``batch`` is
             larger than the current batch, at least as many as that; it is begun again when it ends.
-        dtype: how Δ is stored: ``None`` for the parameters' own dtype, ``torch.float64``, ``torch.float32``,
-            ``torch.bfloat16`` or ``torch.float16`` (6e-8 to 65504: a larger Δ is left out, with a warning), or
-            ``"int8"`` (symmetric codes, one scale per 128 numbers; a quarter of fp32's memory).
+        dtype: how Δ is stored: ``None`` for the parameters' own dtype, ``torch.float64``, ``torch.float32``
+            or ``torch.bfloat16``, or ``"int8"`` (symmetric codes, one scale per 128 numbers; a quarter of fp32's
+            memory).
         device: where Δ is stored, ``"cpu"`` to keep it out of an accelerator's memory; ``None`` for the parameters'
             own device.
         form: ``"A"`` or ``"B"``, see above.
@@ -84,8 +84,8 @@ class Offset:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "data" and hasattr(value, "tolist"):  # numbers and arrays of NumPy, tensors
-                setattr(self, field.name, value.tolist())
+            if field.name != "data" and hasattr(value, "tolist") and not isinstance(value, type):
+                setattr(self, field.name, value.tolist())  # numbers and arrays of NumPy, tensors
         if self.period != "auto" and not _whole(self.period):
             raise BpfxError(f"Offset(period={self.period!r}): pass a whole number of at least 1, or 'auto'")
         if not _whole(self.micro_batches):
@@ -107,7 +107,8 @@ class Offset:
         pair = isinstance(self.bounds, (tuple, list)) and len(self.bounds) == 2 and all(map(_whole, self.bounds))
         if not pair or self.bounds[0] > self.bounds[1]:
             raise BpfxError(f"Offset(bounds={self.bounds!r}): pass two periods, the smaller first, such as (1, 4)")
-        if self.period != "auto" and tuple(self.bounds) != BOUNDS:
+        self.bounds = (self.bounds[0], self.bounds[1])  # processes compare it with each other's
+        if self.period != "auto" and self.bounds != BOUNDS:
             raise BpfxError(
                 f"Offset(period={self.period}, bounds={self.bounds!r}): bounds are those of period='auto'; pass one of "
                 "the two"
@@ -139,14 +140,14 @@ class Offset:
         known = self.dtype is None or isinstance(self.dtype, torch.dtype) or self.dtype == "int8"
         if not known or (isinstance(self.dtype, torch.dtype) and self.dtype not in STORED):
             raise BpfxError(
-                f"Offset(dtype={self.dtype!r}): pass {', '.join(map(str, STORED))}, 'int8', or None; a smaller float "
-                "would lose most of Δ, where 'int8' has a scale per 128 numbers"
+                f"Offset(dtype={self.dtype!r}): pass {', '.join(map(str, STORED))}, 'int8', or None; other floats "
+                "have too small a range for gradients, where 'int8' has a scale per 128 numbers"
             )
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)
                 known = torch.device(self.device).type != "meta"
-            except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+            except (RuntimeError, TypeError, AssertionError, NotImplementedError, ImportError):
                 known = False
             if not known:
                 raise BpfxError(

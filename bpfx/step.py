@@ -252,8 +252,8 @@ class Step(OnOneDevice):
 
     def _refresh(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         """Measure Δ; return the local gradient of the current batch."""
-        assert self.offset is not None
-        samples, batch = self._compiler.spec.samples(tensors), self.offset.batch
+        assert self.offset is not None and self._correction is not None
+        samples, batch = self._correction.available(self._compiler.spec.samples(tensors)), self.offset.batch
         whole = batch is None or (self._ranks is None and batch == samples // self._compiler.spec.rows)
         if whole and self.offset.micro_batches == 1:
             # The local gradients that Δ is made of are those of the training step.
@@ -266,7 +266,6 @@ class Step(OnOneDevice):
                 losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
             assert piece.loss is not None
             return StepResult(piece.loss, merged(parts), losses, self._outputs_of(piece, variant))
-        assert self._correction is not None
         with self._correction.as_one(self.diagnostics, self.iteration):
             self._measure(tensors)
             return self._run_local(variant, tensors)
@@ -330,8 +329,8 @@ class Step(OnOneDevice):
         wanted = samples = spec.samples(tensors)
         if offset.batch is not None:
             wanted = offset.batch * spec.rows
-            if self._refresh_data is None and samples < wanted <= spec.batch_size:
-                wanted = samples  # the smaller last batch of an epoch
+            if self._refresh_data is None and self._correction is not None:
+                wanted = self._correction.available(samples, wanted)
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:

@@ -53,8 +53,9 @@ def period_factor(mu: float, a: float, rate: float, period: int, lam: float = 1.
         else:
             power = (1 - step) ** period
             total = (1 - power) / step
-    except OverflowError:
-        return math.inf
+    except OverflowError:  # ρ^K·m/a, up to its sign
+        sign = -1 if step > 1 and period % 2 else 1
+        return math.copysign(math.inf, sign * (a + lam * (mu - a)) / a)
     return power - rate * lam * (mu - a) * total
 
 
@@ -105,9 +106,12 @@ def longest_stable_period(mu: float, a: float, rate: float, lam: float = 1.0) ->
         limit = 2 / (rate * extra)
     else:
         c = extra / a
-        if -1 < c <= 1:
+        if -1 <= c <= 1:
             return None
-        limit = math.log1p(2 / (c - 1)) / -math.log1p(-rate * a)
+        inside = 2 / (c - 1)
+        limit = math.log1p(inside) / -math.log1p(-rate * a) if inside > -1 else math.inf
+    if math.isinf(limit):  # beyond any number
+        return None
     last = max(int(limit) - 1, 1)
     for _ in range(3):  # the limit is right but for its rounding
         last += stable(last + 1)

@@ -115,3 +115,11 @@ def test_a_loaded_alpha_goes_on_as_the_saved_one() -> None:
         elif i > 3:
             other.take(found)
             assert other.value == first.value
+
+
+def test_sums_of_an_earlier_version_are_left_behind() -> None:
+    auto = AutoAlpha()
+    auto.load({"value": 0.9, "sums": [0.0, 100.0]})
+    for t in range(2):
+        auto.take(products({"w": 0.5 * t * torch.ones(4)}, {"w": t * torch.ones(4)}))
+    assert auto.value == pytest.approx(0.5)

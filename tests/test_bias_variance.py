@@ -163,6 +163,23 @@ def test_a_tiny_rate_is_no_more_work(rate: float, a: float) -> None:
     assert found == pytest.approx(by_limit, rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("mu", "a", "rate", "period", "expected"),
+    [(1.0, -0.2, 0.1, 10**6, -math.inf), (1.0, 30.0, 0.1, 10**6, math.inf), (1.0, 30.0, 0.1, 10**6 + 1, -math.inf)],
+)
+def test_a_factor_beyond_any_number_keeps_its_sign(
+    mu: float, a: float, rate: float, period: int, expected: float
+) -> None:
+    assert theory.period_factor(mu, a, rate, period) == expected
+    near = theory.period_factor(mu, a, rate, 200 + period % 2)
+    assert math.copysign(1, near) == math.copysign(1, expected)
+
+
+@pytest.mark.parametrize(("mu", "a", "rate"), [(1.0, 0.2, 1e-320), (1e-10, 0.0, 1e-300), (2.3e-16, -1.0, 0.1)])
+def test_a_longest_period_beyond_any_number_is_none(mu: float, a: float, rate: float) -> None:
+    assert theory.longest_stable_period(mu, a, rate) is None
+
+
 @pytest.mark.parametrize("a", [-0.5, 0.0, 1e-9, 0.3, 1.0, 25.0])
 def test_the_factor_is_that_of_steps_one_by_one(a: float) -> None:
     rate, lam, theta = 0.06, 0.8, 1.0
@@ -243,6 +260,28 @@ def test_a_loaded_auto_lambda_goes_on_as_the_saved_one() -> None:
             other.take(products)
             assert other.value == first.value
         model.walk()
+
+
+def measured(noise: float, kappa: float, lam: float) -> Products:
+    """Exact means at heads with half of the curvature, Δ's lasting part 1 and no wandering."""
+    return Products(square=1 + noise, noise=noise / (1 + noise), behind=(1 - lam) - 2 * kappa * lam * noise,
+                    ahead=1 - lam, stale=1 - kappa * lam * noise)  # fmt: skip
+
+
+def test_noise_that_the_weights_overshoot_on_is_left_out() -> None:
+    auto = AutoLambda()
+    for _ in range(30):
+        auto.take(Products(square=1.0, noise=1.0, behind=-2.0, ahead=0.0, stale=0.0))
+    assert auto.value < 0.02
+
+
+def test_a_small_lambda_is_not_for_ever() -> None:
+    """The rate falls: the weights answer less, and noise does less harm."""
+    auto = AutoLambda()
+    for kappa, refreshes, low, high in ((0.9, 30, 0.0, 0.02), (1e-6, 400, 0.95, 1.0)):
+        for _ in range(refreshes):
+            auto.take(measured(1000.0, kappa, auto.value))
+        assert low <= auto.value <= high
 
 
 def learnt(at: Setting, refreshes: int = 150) -> float:

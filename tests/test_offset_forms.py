@@ -287,7 +287,7 @@ def kinds(rule: PeriodRule, count: int, descent: Any) -> str:
         kind = rule.kind(t)
         letters += kind[0].upper()
         if kind == REFRESH:
-            rule.measured(t, descent(t))
+            rule.measured(t, dict(enumerate(descent(t))))
     return letters
 
 
@@ -331,6 +331,12 @@ def test_a_period_on_trial_is_given_up(after: list[float], expected: str) -> Non
     assert kinds(rule, 16 + len(expected), lambda t: [0.5] if t <= 16 else after)[16:] == expected
 
 
+def test_blocks_that_lead_up_by_turns_are_no_reason_to_go_back() -> None:
+    rule = PeriodRule(bpfx.Offset())
+    turns = kinds(rule, 60, lambda t: [-0.6, 0.9, 0.9] if t // 4 % 2 else [0.9, -0.6, 0.9])
+    assert turns[16:] == "RLLL" * 11
+
+
 def test_a_rule_goes_on_where_it_was_saved() -> None:
     def descent(t: int) -> list[float]:
         return [0.3 if t < 25 else -0.1]
@@ -345,7 +351,7 @@ def test_a_rule_goes_on_where_it_was_saved() -> None:
         kind = again.kind(t)
         rest += kind[0].upper()
         if kind == REFRESH:
-            again.measured(t, descent(t))
+            again.measured(t, dict(enumerate(descent(t))))
     assert begun + rest == whole
 
 

@@ -191,8 +191,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     odd = next((n for n, v in state.items() if v.is_quantized or v.layout != torch.strided), None)
     if odd is not None:
         raise BpfxError(f"--weights {path}: {odd!r} is quantized or sparse; save the weights as plain tensors.")
-    prefix = next(iter(state)).partition(".")[0] + "."
-    if prefix in ("module.", "_orig_mod.") and all(name.startswith(prefix) for name in state):
+    prefix = str(next(iter(state))).partition(".")[0] + "."
+    if prefix in ("module.", "_orig_mod.") and all(str(name).startswith(prefix) for name in state):
         raise BpfxError(
             f"--weights {path}: every name begins with {prefix!r}, a wrapper's; save wrapped.{prefix}state_dict()."
         )
@@ -345,7 +345,7 @@ def fine_tune(recipe: Recipe, images: Images, arguments: argparse.Namespace, con
             mean = total.item() / per_epoch
             seconds = time.perf_counter() - began
             if not math.isfinite(mean):
-                raise BpfxError(f"The loss is {mean} in epoch {epoch + 1}; try a lower --lr, or a lower --period.")
+                raise BpfxError(f"The loss is {mean} in epoch {epoch + 1}; try a lower --lr, or --period 1.")
             with precision(arguments.bf16, arguments.device):
                 loss, accuracy = evaluate(model, images.testing(), images.test_count)
             peak = torch.cuda.max_memory_allocated() if cuda else None

@@ -235,7 +235,7 @@ class Stack(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(1, 10, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(6))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(9))
         self.head = nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,13 +249,14 @@ def test_compiled_losses_are_the_eager_ones() -> None:
     """One loss per block, so that one compilation covers them."""
     chosen: dict[Any, Any] = {
         0: "dgl", 1: "predsim", 2: "infopro", 3: losses.LoCo(augment=lambda x: x.flip(-1)),
-        4: losses.ForwardForward(variant="channels"), 5: "gim", "*": "feature_reconstruction",
+        4: losses.ForwardForward(variant="channels"), 5: "gim", 6: "supervised", 7: "auglocal",
+        8: "feature_reconstruction",
     }  # fmt: skip
     results = []
     for backend in ("eager", "inductor"):
         torch.manual_seed(1)
         step = bpfx.convert(
-            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(6)], local_loss=chosen, horizon=1,
+            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(9)], local_loss=chosen, horizon=1,
             offset=None, compile=backend,
         )  # fmt: skip
         results.append(run(step.run_local, batch()))

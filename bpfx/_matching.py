@@ -10,6 +10,7 @@ which reaches φ alone, through the head's own backward, and costs no pass over 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 from bpfx._gradients import Grads
-from bpfx.errors import BpfxError
+from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.passes.precision import outside_autocast
 from bpfx.passes.programs import BoundaryLoss, LocalGradient
 
 
 def check_matching(weight: float, programs: Iterable[object]) -> None:
-    """Raise where heads cannot match the gradient at their block's own boundary, or where none would learn to.
+    """Raise where heads cannot match the gradient at their block's own boundary, and warn where none learns to.
 
     Args:
         weight: ``Offset(match=…)``.
         programs: the local steps of all blocks.
 
     Raises:
-        BpfxError: a local loss looks further than its block; no head has parameters.
+        BpfxError: a local loss looks further than its block.
     """
     local = [p for p in programs if isinstance(p, LocalGradient)]
     far = next((p for p in local if p.ahead), None)
@@ -40,9 +41,10 @@ def check_matching(weight: float, programs: Iterable[object]) -> None:
             f"boundary; the local loss of block {far.block.index} looks {len(far.ahead)} further"
         )
     if not any(p.local_loss is not None and p.local_loss.parameter_names for p in local):
-        raise BpfxError(
-            f"Offset(match={weight}) trains the heads, and no local loss here has one with parameters; pass match=0, "
-            "or another local loss"
+        warnings.warn(
+            f"Offset(match={weight}) does nothing: it trains the heads, and no local loss here has one with parameters",
+            BpfxWarning,
+            stacklevel=4,
         )
 
 

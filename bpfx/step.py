@@ -329,8 +329,8 @@ class Step(OnOneDevice):
         wanted = samples = spec.samples(tensors)
         if offset.batch is not None:
             wanted = offset.batch * spec.rows
-            if self._refresh_data is None and self._correction is not None:
-                wanted = self._correction.available(samples, wanted)
+        if self._refresh_data is None and self._correction is not None:
+            wanted = self._correction.available(samples, wanted)
         sources = [(list(tensors), min(samples, wanted))]
         if wanted > samples:
             if self._refresh_data is None:

@@ -172,10 +172,12 @@ def test_what_was_before_a_phase_of_exact_steps_is_forgotten() -> None:
     correction = step._correction
     assert correction is not None
     correction.rule.period = 4
-    measured = BlockFound(
-        cosine=0.5, ratio=1.0, staleness=-0.4, spread=None, descent=-0.3, bp=1.0, local=1.0, norm=1.0,
+    first = BlockFound(
+        cosine=0.5, ratio=1.0, staleness=None, spread=None, descent=None, bp=1.0, local=1.0, norm=1.0,
         products=Products(square=1.0, noise=None, behind=None, ahead=None),
     )  # fmt: skip
+    correction.settle(0, {0: first})
+    measured = dataclasses.replace(first, staleness=-0.4, descent=-0.3)
     correction.settle(4, {0: measured})
     assert correction.rule.period == 1, "given up on trial"
     correction.settle(8, {0: dataclasses.replace(measured, norm=5.0)})

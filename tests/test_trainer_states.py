@@ -39,6 +39,7 @@ def state_of(trainer: bpfx.BlockTrainer) -> dict[str, Any]:
 def without_records(state: dict[str, Any]) -> dict[str, Any]:
     """A refresh that is done again compares itself with nothing; all else is the same."""
     state["step"]["_extra_state"].pop("refreshes")
+    (state["step"]["_extra_state"].get("correction") or {}).pop("stability", None)
     return state
 
 

@@ -98,6 +98,7 @@ def fresh(
     first, state = _converted(name, size, quiet, dtype, horizon)
     step = bpfx.Step(first._compiler, offset)
     step.load_state_dict(state)
+    step.zero_grad()  # what an earlier test left
     return step
 
 

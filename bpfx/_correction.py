@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXACT", "LOCAL", "REFRESH", "Correction"]
 
+# Of the progress: states that were saved before these were kept lack them, and do without.
+NEWER = frozenset({"inside", "was_exact", "since", "stability", "largest"})
+
 
 class Correction:
     """g̃ = α · g_local + λ · Δ, with the scales that are in force.
@@ -283,11 +286,7 @@ class Correction:
 
     def check_progress(self, state: Mapping[str, Any] | None) -> None:
         """Raise where :meth:`load_progress` could not take it over."""
-        missing = (
-            sorted(self._beginning.keys() - state.keys() - {"inside", "was_exact", "since", "stability", "largest"})
-            if state is not None
-            else []
-        )
+        missing = sorted(self._beginning.keys() - state.keys() - NEWER) if state is not None else []
         if missing:
             raise BpfxError(
                 f"this state of an offset lacks {', '.join(missing)}: another version of bpfx saved it; load the "

@@ -117,9 +117,8 @@ class RefreshSum:
         self._rejected: dict[int, float] = {}  # by block, the shares of the pieces that were left out
         self._blocks_of: dict[str, set[int]] = {}  # a tied parameter has a difference in every block that reads it
         self._torn: list[str] = []
-        self._anchors: dict[int, Anchor] | None = None  # of the first piece that is finite
-        if offset is not None and offset.alpha == "auto":
-            self._anchors = {}
+        # Of the first piece that is finite.
+        self._anchors: dict[int, Anchor] | None = {} if offset is not None and offset.alpha == "auto" else None
 
     def scale(self, block: int, name: str) -> float:
         """Of the local gradient inside Δ."""

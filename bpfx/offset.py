@@ -147,6 +147,7 @@ class Offset:
             try:
                 torch.empty(0, device=self.device)
                 known = torch.device(self.device).type != "meta"
+            # Every backend that is not there says so in its own way.
             except (RuntimeError, TypeError, AssertionError, NotImplementedError, ImportError):
                 known = False
             if not known:

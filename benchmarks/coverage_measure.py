@@ -88,6 +88,7 @@ def judged(case: Case) -> dict[str, Any]:
         "unreached": len(step.plan.unreached),
         "convert_seconds": round(seconds, 2),
     }
+    len(step.plan.predicted)  # asking may add a note
     result["notes"] = list(step.plan.notes)
     seed_all()
     found = step.run_bp(*arguments["args"], **arguments["kwargs"])

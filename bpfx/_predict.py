@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from bpfx import _simulate
+from bpfx._alone import alone
 from bpfx._costs import StageCosts, stage_costs
 from bpfx._gradients import Grads
 from bpfx._refresh import Sums, refresh_piece
@@ -20,7 +22,8 @@ from bpfx._variant import Variant
 from bpfx.passes import lower, partition, programs
 from bpfx.passes.capture import Captured
 from bpfx.passes.graph import HEADS, ModelGraph, Weights, tensor_bytes
-from bpfx.passes.liveness import Prediction, mark, predict_peak
+from bpfx.passes.liveness import LivenessError, Prediction, fakes_of, mark, predict_peak
+from bpfx.passes.precision import autocast_state, outside_autocast, uncached
 from bpfx.plan import Schedule
 
 MAX_SEGMENTS = 64
@@ -34,9 +37,80 @@ def tensors_of(weights: Weights, variant: Variant) -> dict[str, Tensor]:
     named = {n: weights[n] for n in weights.names() if weights.canonical(n) == n}
     for loss in variant.losses:
         if loss is not None:
-            named.update((f"{HEADS}{loss.block}.{n}", t) for n, t in loss.head.named_parameters())
-            named.update((f"{HEADS}{loss.block}.{n}", t) for n, t in loss.head.named_buffers())
+            own = [*loss.head.named_parameters(), *loss.head.named_buffers()]
+            heads = ((f"{HEADS}{loss.block}.{n}", t) for n, t in own)
+            named.update((n, weights.override_of(n, t)) for n, t in heads)
     return named
+
+
+class Forecast(Mapping[str, int]):
+    """Predicted peak bytes by kind of step, made when they are first asked for.
+
+    They take as long as the rest of a conversion, and training does not need them.
+
+    Args:
+        make: called once, by whoever asks first.
+
+    Example:
+        >>> forecast = Forecast(lambda: {"bp": 2048})
+        >>> forecast["bp"], forecast
+        (2048, {'bp': 2048})
+    """
+
+    def __init__(self, make: Callable[[], dict[str, int]]) -> None:
+        self._make: Callable[[], dict[str, int]] | None = make
+        self._found: dict[str, int] = {}
+
+    @alone
+    def _all(self) -> dict[str, int]:
+        if self._make is not None:
+            self._found = self._make()
+            self._make = None  # with all that it holds
+        return self._found
+
+    def __getitem__(self, kind: str) -> int:
+        return self._all()[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __repr__(self) -> str:
+        return repr(self._all())
+
+
+def forecast(weights: Weights, variant: Variant, tensors: Sequence[Tensor], notes: list[str]) -> Forecast:
+    """Peaks of plain BP (``"bp"``) and of the steps as the drop-in loop runs them, for later.
+
+    It is about weights, heads and batch as they are now, of which only shapes are kept: whoever asks may have moved,
+    sharded or frozen them. Under autocast it has to be asked at once; later it is made outside.
+
+    Args:
+        notes: gets what a reader should know about the prediction, when it is made.
+
+    Raises:
+        LivenessError: a tensor has no fake version.
+    """
+    named = {n: weights[n] for n in weights.names()} | tensors_of(weights, variant)
+    _, (shapes, inputs) = fakes_of((named, list(tensors)))
+    precision = nullcontext if autocast_state() else outside_autocast
+
+    @uncached()
+    def make() -> dict[str, int]:
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), precision(), weights.override(shapes):
+                found = {"bp": predict_bp(variant.captured, inputs).peak_bytes}
+                found.update(drop_in_peaks(weights, variant, inputs, ("local", "bp_blocks", "refresh")))
+        except LivenessError as error:
+            notes.append(f"no prediction: {error}")
+            return {}
+        if variant.captured.graph.opaque:
+            notes.append("opaque modules count with what one plain run of them saved")
+        return found
+
+    return Forecast(make)
 
 
 class _DryRefresh:

@@ -25,6 +25,7 @@ from bpfx._predict import (
     block_peaks,
     costs_of,
     drop_in_peaks,
+    forecast,
     ordered,
     predict_bp,
     schedules,
@@ -40,7 +41,7 @@ from bpfx.passes.graph import HEADS, ModelGraph, Weights, ancestors, tensor_byte
 from bpfx.passes.isolation import check_isolation
 from bpfx.passes.liveness import LivenessError, node_saved_bytes
 from bpfx.passes.own_loss import OwnLoss
-from bpfx.passes.precision import uncached
+from bpfx.passes.precision import autocast_state, uncached
 from bpfx.passes.reduction import Reduction, find_reduction
 from bpfx.passes.stages import make_stages
 from bpfx.plan import BlockPlan, Crossing, Plan, Schedule
@@ -342,21 +343,19 @@ class Compiler:
     # --- the plan -----------------------------------------------------------------------------------------------------
 
     def _plan(self, variant: Variant, tensors: Sequence[Tensor]) -> Plan:
-        predicted: dict[str, int] = {}
+        predicted: Mapping[str, int] = {}
         local_peaks: dict[int, int] = {}
         head_flops: dict[int, int] = {}
         try:
-            predicted["bp"] = predict_bp(variant.captured, tensors).peak_bytes
-            predicted.update(drop_in_peaks(self.weights, variant, tensors, ("local", "bp_blocks", "refresh")))
             local_peaks = block_peaks(self.weights, variant)
             costs = [(c.stage.index, c.head) for c in costs_of(self.weights, variant, tensors)]
             head_flops = {k + self.horizon - 1: cost.flops for k, cost in costs if cost is not None}
+            predicted = forecast(self.weights, variant, tensors, self._notes)
+            if self.backend != "eager" or autocast_state():
+                # At once: compiled programs do not run on fake tensors, and autocast may be over.
+                len(predicted)
         except LivenessError as error:
-            predicted = {}
             self._notes.append(f"no prediction: {error}")
-        opaque = variant.captured.graph.opaque
-        if opaque and predicted:
-            self._notes.append("opaque modules count with what one plain run of them saved")
         rows = []
         for block in variant.blocks:
             loss = variant.losses[block.index]

@@ -116,6 +116,7 @@ def plan(
         made.schedules = compiler.schedules(tensors, count, offset)
     except BpfxError as error:
         made.notes.append(str(error))
+    len(made.predicted)  # asking may add a note, and a plan is there to be asked
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -100,7 +100,7 @@ class Plan:
         predicted: peak bytes above the state before a step, parameters excluded, by kind of step: ``"bp"`` plain
             back-propagation, ``"local"`` the local step, ``"bp_blocks"`` the BP step that recomputes block by block,
             ``"refresh"`` both one after the other (the offsets that stay are state, not counted).
-            Empty where an operator has no fake version (then ``notes`` says so).
+            Empty where an operator has no fake version (then ``notes`` says so). Made when it is first asked for.
         capture: what was tried, in order, with the reason for each fall.
         unreached: trainable parameters that even plain BP gives no gradient.
         notes: anything else a reader should know.
@@ -112,7 +112,7 @@ class Plan:
     """
 
     blocks: list[BlockPlan]
-    predicted: dict[str, int]
+    predicted: Mapping[str, int]
     capture: list[str]
     unreached: list[str]
     notes: list[str]
@@ -122,6 +122,7 @@ class Plan:
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
+        predicted = dict(self.predicted)  # first: it may add a note
         rows = [("block", "modules", "parameters", "reads", "passes on", "head", "local peak")]
         for b in self.blocks:
             rows.append(
@@ -146,10 +147,10 @@ class Plan:
         words = {"bp": "plain BP", "local": "local step", "bp_blocks": "BP step, block by block", "refresh": "refresh"}
         if self.schedules:
             lines += _schedule_table(self.schedules, self.batch_size)
-        elif self.predicted:
-            base = self.predicted.get("bp", 0)
+        elif predicted:
+            base = predicted.get("bp", 0)
             lines.append(f"predicted peak at batch {self.batch_size}, parameters excluded:")
-            for kind, peak in self.predicted.items():
+            for kind, peak in predicted.items():
                 share = f"  {peak / base:5.0%} of plain BP" if base and kind != "bp" else ""
                 lines.append(f"  {words.get(kind, kind):24s} {format_bytes(peak):>10s}{share}")
         lines.append("capture:")

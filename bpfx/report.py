@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +176,7 @@ def _row(method: str, result: dict[str, Any], plan: Plan) -> Row:
     )
 
 
-def _predicted(method: str, predicted: dict[str, int]) -> int | None:
+def _predicted(method: str, predicted: Mapping[str, int]) -> int | None:
     # A refresh is the most expensive step of a run with an offset.
     return predicted.get("refresh" if method == "offset" else method)
 

@@ -399,11 +399,13 @@ class Step(OnOneDevice):
             )
 
     def _check_budget(self) -> None:
-        budget, predicted = self.plan.budget, self.plan.predicted
+        budget = self.plan.budget
+        if self.iteration or budget is None:
+            return
         rule = self._correction.rule if self._correction is not None else None
         kinds = ("local",) if rule is None else ("local", "refresh", *["bp_blocks"] * rule.exact)
-        need = max((predicted.get(kind, 0) for kind in kinds), default=0)
-        if self.iteration == 0 and budget is not None and need > budget:
+        need = max(self.plan.predicted.get(kind, 0) for kind in kinds)
+        if need > budget:
             warnings.warn(
                 f"the memory budget of {format_bytes(budget)} holds for bpfx.BlockTrainer with "
                 f"{self.plan.micro_batches} micro-batches; this loop is predicted to need {format_bytes(need)}",

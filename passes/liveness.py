@@ -85,7 +85,7 @@ def predict_peak(fn: Callable[..., Any], *args: Any, workspace: bool = True, lar
     >>> prediction.peak_bytes >= 2 * 1024 * 256 * 4
     True
     """
-    mode, fakes = _fake(args)
+    mode, fakes = fakes_of(args)
     with _same_random_state():
         return _track(fn, fakes, mode, workspace, largest)
 
@@ -126,8 +126,15 @@ def _same_random_state() -> Iterator[None]:
         random.setstate(python)
 
 
-def _fake(args: Sequence[Any]) -> tuple[FakeTensorMode, Sequence[Any]]:
-    """The arguments with every tensor replaced by a fake one; tensors that shared a storage still do."""
+def fakes_of(args: Sequence[Any]) -> tuple[FakeTensorMode, Sequence[Any]]:
+    """The arguments with every tensor replaced by a fake one; tensors that shared a storage still do.
+
+    Returns:
+        Their mode (that of the first tensor which is fake already, if there is one), and the arguments.
+
+    Raises:
+        LivenessError: a tensor has no fake version.
+    """
     existing = next((leaf.fake_mode for leaf in tree_leaves(args) if isinstance(leaf, FakeTensor)), None)
     mode = existing or FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -314,7 +321,7 @@ def node_output_bytes(gm: fx.GraphModule, args: Sequence[object]) -> dict[fx.Nod
 
 
 def _interpret(gm: fx.GraphModule, args: Sequence[object]) -> _NodeInterpreter:
-    mode, fakes = _fake(args)
+    mode, fakes = fakes_of(args)
     runner = _NodeInterpreter(gm, mode, fakes)
     with _same_random_state():
         try:

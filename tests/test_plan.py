@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bpfx
-from bpfx import _shelf, _simulate
+from bpfx import _predict, _shelf, _simulate
 from bpfx._correction import EXACT
 from bpfx._predict import costs_of
 from bpfx.memory import measure_peak
@@ -165,6 +166,62 @@ def test_a_model_that_cannot_be_predicted_is_planned_with_a_note() -> None:
     batch = torch.randn(4, 8), torch.randint(0, 2, (4,))
     found = bpfx.plan(net, F.cross_entropy, batch, blocks=2)
     assert found.schedules or any("no prediction" in note for note in found.notes)
+
+
+# --- predicted when asked for -----------------------------------------------------------------------------------------
+
+
+def bystanders(step: bpfx.Step) -> None:
+    step.model.to(torch.float64)
+    step.model.requires_grad_(False)
+    with torch.inference_mode():
+        len(step.plan.predicted)
+
+
+def trained(step: bpfx.Step) -> None:
+    optimizer, batch = SGD(step.parameters()), convnet()[1]
+    for _ in range(2):
+        step(*batch).backward()
+        optimizer.step()
+    step.eval()
+
+
+@pytest.mark.parametrize("then", [bystanders, trained])
+def test_a_prediction_is_of_the_model_as_it_was_converted(then: Callable[[bpfx.Step], None]) -> None:
+    model, batch = convnet()
+    step = bpfx.convert(model, F.cross_entropy, batch, blocks=3)
+    twin = bpfx.convert(convnet()[0], F.cross_entropy, batch, blocks=3)
+    then(step)
+    before, random = (
+        {n: t.clone() for n, t in step.state_dict().items() if isinstance(t, Tensor)},
+        torch.get_rng_state(),
+    )
+    expected = dict(twin.plan.predicted)
+    assert list(expected) == ["bp", "local", "bp_blocks", "refresh"]
+    assert dict(step.plan.predicted) == expected
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(t, before[n]) for n, t in step.state_dict().items() if isinstance(t, Tensor))
+
+
+def test_a_prediction_is_made_under_the_conversions_autocast() -> None:
+    model, batch = mlp()
+    plain = bpfx.convert(model, F.cross_entropy, batch, blocks=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = bpfx.convert(mlp()[0], F.cross_entropy, batch, blocks=3)
+        inside = dict(plain.plan.predicted)
+    outside = dict(bpfx.convert(mlp()[0], F.cross_entropy, batch, blocks=3).plan.predicted)
+    assert inside == outside and step.plan.predicted["bp"] != outside["bp"]
+
+
+def test_a_prediction_is_made_once_and_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, original = [], _predict.predict_bp
+    monkeypatch.setattr(_predict, "predict_bp", lambda *args: calls.append(1) or original(*args))
+    model, batch = mlp(depth=3, samples=12)
+    step = bpfx.convert(model, F.cross_entropy, batch, blocks=2, offset=bpfx.Offset())
+    step(*batch).backward()
+    assert not calls
+    assert str(step.plan) == str(step.plan) and "of plain BP" in str(step.plan)
+    assert len(calls) == 1
 
 
 # --- how the trainer runs a step --------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ PARTS = {
     "tuning": Part(SUPERVISED, 5e-4, 200),
     "tuning-fast": Part(SUPERVISED, 2e-3, 200),
     "lokr": Part(ADAPTERS, 1e-2, 100, 32, 128),
-    "lora": Part(ADAPTERS, 1e-3, 90, 16, 126),
+    "lora": Part(ADAPTERS, 1e-3, 180, 16, 126),
 }
 assert list(PARTS) == list(TITLES)
 NEEDS_WEIGHTS = ("lokr", "lora")

@@ -75,8 +75,12 @@ class JointGradient:
                     found = torch.autograd.grad(loss, [named[n] for n in self.gradient_names], allow_unused=True)
             return [o.detach() if isinstance(o, Tensor) else o for o in outputs], loss.detach(), list(found)
 
-        block = program.block
-        compiled_code, block.code = block.code, block.source  # a tracer does not pass compiled code
+        block, head = program.block, program.local_loss
+        # A tracer does not pass compiled code. A head is no submodule of its loss, hence the dictionary.
+        compiled_code, block.code = block.code, block.source
+        compiled_head = head.call if head is not None else None
+        if head is not None:
+            head.__dict__["call"] = head.head
         try:
             given = (list(values), *self._tensors())
             gm = make_fx(joint, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
@@ -91,6 +95,8 @@ class JointGradient:
             )
         finally:
             block.code = compiled_code
+            if head is not None:
+                head.__dict__["call"] = compiled_head
 
 
 def compile_local_gradients(programs: Sequence[LocalGradient], backend: str) -> None:

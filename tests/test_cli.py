@@ -148,7 +148,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> None:
     monkeypatch.setattr(train.Trainee, "__call__", step)
 
 
-@pytest.mark.parametrize(("method", "call"), [("bp", 5), ("offset", 4), ("offset", 6)])
+@pytest.mark.parametrize(("method", "call"), [("offset", 4), ("offset", 6)])
 def test_run_killed_between_checkpoints_resumes_bit_for_bit(
     method: str, call: int, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,7 +235,7 @@ class Stack(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(1, 10, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(6))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(4))
         self.head = nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,19 +248,21 @@ class Stack(nn.Module):
 def test_compiled_losses_are_the_eager_ones() -> None:
     """One loss per block, so that one compilation covers them; it takes half a minute where nothing is cached."""
     chosen: dict[Any, Any] = {
-        0: "predsim", 1: "infopro", 2: losses.LoCo(augment=lambda x: x.flip(-1)), 3: "gim",
-        4: losses.ForwardForward(variant="channels"), 5: "auglocal",
+        0: "predsim", 1: losses.LoCo(augment=lambda x: x.flip(-1)), 2: "gim",
+        3: losses.ForwardForward(variant="channels"),
     }  # fmt: skip
     results = []
     for backend in ("eager", "inductor"):
         torch.manual_seed(1)
         step = bpfx.convert(
-            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(6)], local_loss=chosen, horizon=1,
+            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(4)], local_loss=chosen, horizon=1,
             offset=None, compile=backend,
         )  # fmt: skip
-        results.append(run(step.run_local, batch()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", bpfx.BpfxWarning)  # a block that is not compiled as one program says so
+            results.append(run(step.run_local, batch()))
     eager, compiled = results
-    drawn = 3  # gim draws its negatives, and compiled code draws others
+    drawn = 2  # gim draws its negatives, and compiled code draws others
     for k, (a, b) in enumerate(zip(compiled.local_losses, eager.local_losses, strict=True)):
         assert a.isfinite()
         if k != drawn:

@@ -74,7 +74,7 @@ class Correction:
         """
         if self.offset.form == "B":
             return self._inside[block] if block in self._inside else self.inside(block, iteration)
-        return 1.0 if self._in_exact_phase(iteration) else self.offset.scale_of("alpha", iteration)
+        return 1.0 if self.in_exact_phase(iteration) else self.offset.scale_of("alpha", iteration)
 
     def inside(self, block: int, iteration: int) -> float:
         """Scale of the local gradient inside a Δ that is measured now: 1 in form "A", α in form "B"."""
@@ -86,7 +86,7 @@ class Correction:
 
     def lam(self, block: int, iteration: int) -> float:
         """λ of a block, decayed since the last refresh."""
-        if self._in_exact_phase(iteration):
+        if self.in_exact_phase(iteration):
             return 1.0
         if self.offset.lam == "auto":
             value = self._lam[block].value if block in self._lam else 1.0
@@ -95,7 +95,7 @@ class Correction:
         age = iteration - self._since.get(block, self._measured)
         return value * self.offset.decay**age if age and self.offset.decay != 1.0 else value
 
-    def _in_exact_phase(self, iteration: int) -> bool:
+    def in_exact_phase(self, iteration: int) -> bool:
         """Whether this is a refresh among exact steps, and so one of them."""
         return self._was_exact and iteration == self._measured
 
@@ -110,29 +110,33 @@ class Correction:
             if getattr(self.offset, name) != "auto":
                 self.offset.scale_of(name, iteration)
 
-    def apply(self, local: Grads, iteration: int, names: Sequence[str] | None = None) -> Grads:
+    def apply(self, local: Grads, iteration: int, names: Sequence[str] | None = None, exact: bool = False) -> Grads:
         """g̃ in the memory of the local gradients; heads keep their own.
 
         Args:
             local: gradients by name.
             iteration: now.
             names: the parameters it is about (those of one block); ``None`` for all.
+            exact: the gradients are BP's already, and only the heads may be taught.
         """
         matched = [n for n in (list(self.matching) if names is None else names) if n in self.matching]
         for name in matched if self._measured == iteration else ():
             if name in local:
                 local[name].add_(self.matching[name], alpha=self.offset.match)
+        if exact:
+            return local
         corrected = [n for n in (self.state if names is None else names) if n in self.state]
-        scales = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
-        if self.offset.clip is not None and not self._in_exact_phase(iteration):
-            scales = self._clipped(scales, local)
+        by_block = {k: self.lam(k, iteration) for k in {self.block_of[n] for n in corrected}}
+        scales = {n: by_block[self.block_of[n]] for n in corrected}
+        if self.offset.clip is not None and not self.in_exact_phase(iteration):
+            scales = self._clipped(scales, by_block, local)
         for name, grad in local.items():
             plain = name.startswith(HEADS) or (self.offset.form == "B" and name in self.shared)
             alpha = 1.0 if plain else self.alpha(self.block_of[name], iteration)
             if alpha != 1.0:
                 grad.mul_(alpha)
         for name in corrected:
-            scale = scales[self.block_of[name]]
+            scale = scales[name]
             if name in local:
                 if scale:
                     local[name].add_(self.state[name], alpha=scale)
@@ -140,21 +144,38 @@ class Correction:
                 local[name] = self.state[name] * scale
         return local
 
-    def _clipped(self, scales: Mapping[int, float], local: Grads) -> dict[int, float]:
-        assert self.offset.clip is not None
-        squares = dict.fromkeys(scales, 0.0)
-        for name, grad in local.items():
-            k = self.block_of.get(name)
-            # A shared parameter's gradient comes whole in one loop and by blocks in another.
-            if k in squares and name not in self.shared:
-                squares[k] += dot([grad], [grad])
-        return {k: self._limited(k, scale, math.sqrt(squares[k])) for k, scale in scales.items()}
+    def _clipped(self, scales: Mapping[str, float], by_block: Mapping[int, float], local: Grads) -> dict[str, float]:
+        """λ by parameter as ``clip`` leaves it: decided block by block, and for a shared parameter alone.
 
-    def _limited(self, block: int, scale: float, local: float) -> float:
-        """λ as ``clip`` leaves it beside a local gradient of that norm."""
-        if self.offset.clip is None or not self._norms.get(block):
+        A shared parameter is corrected once its gradient is complete: with all blocks in one loop, with the last one
+        that reads it in another.
+        """
+        squares = dict.fromkeys(by_block, 0.0)
+        alone: dict[str, float] = {}
+        for name, grad in local.items():
+            if name in self.shared and name in scales:
+                alone[name] = self._limited(self._norm(name), scales[name], math.sqrt(dot([grad], [grad])))
+            elif self.block_of.get(name) in squares and name not in self.shared:
+                squares[self.block_of[name]] += dot([grad], [grad])
+        whole = {
+            k: self._limited(self._norm_beside_shared(k), scale, math.sqrt(squares[k])) for k, scale in by_block.items()
+        }
+        return {n: alone.get(n, 0.0) if n in self.shared else whole[self.block_of[n]] for n in scales}
+
+    def _limited(self, norm: float, scale: float, local: float) -> float:
+        """λ as ``clip`` leaves it for a Δ of that norm beside a local gradient of that norm."""
+        if self.offset.clip is None or norm == 0:
             return scale
-        return min(scale, self.offset.clip * local / self._norms[block])
+        return min(scale, self.offset.clip * local / norm)
+
+    def _norm(self, *names: str) -> float:
+        return math.sqrt(sum(dot([delta], [delta]) for delta in (self.state[n] for n in names)))
+
+    def _norm_beside_shared(self, block: int) -> float:
+        """‖Δ‖ of a block without what it shares."""
+        if not any(self.block_of[n] == block for n in self.shared):
+            return self._norms.get(block, 0.0)
+        return self._norm(*(n for n in self.state if self.block_of[n] == block and n not in self.shared))
 
     # --- schedule -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +230,7 @@ class Correction:
             self._inside[k] = self.inside(k, iteration)  # before anything is learnt: Δ was made with it
             if self.offset.alpha == "auto":
                 self._alpha.setdefault(k, AutoAlpha()).take(block.products)
-            if self.offset.lam == "auto":
+            if self.offset.lam == "auto" and not self._was_exact:  # what it learns from is weights that followed Δ
                 self._lam.setdefault(k, AutoLambda()).take(block.products)
         self.rule.measured(iteration, {k: b.descent for k, b in found.items() if b.descent is not None})
         if self._was_exact:  # nobody follows Δ there
@@ -224,7 +245,7 @@ class Correction:
                 **block.record(),
                 "norm": block.norm,
                 "alpha": self.alpha(k, iteration),
-                "lam": 1.0 if self._was_exact else self._limited(k, self.lam(k, iteration), block.local),
+                "lam": 1.0 if self._was_exact else self._limited(block.norm, self.lam(k, iteration), block.local),
                 "period": period,
             }
             for k, block in found.items()

@@ -31,18 +31,27 @@ class LossScale:
     """
 
     def __init__(self) -> None:
-        self._seen: Tensor | None = None
+        self._seen: Tensor | float | None = None
+        self.current = 1.0
 
     def saw(self, factor: Tensor) -> None:
         """Note what a backward brought; read only where it is needed, since a GPU would have to be waited for."""
         self._seen = factor.detach()
 
     def now(self) -> float:
-        """What to multiply losses by: 1 outside float16 autocast, and before the first backward."""
-        if self._seen is None or not halves():
-            return 1.0
-        factor = float(self._seen)
-        return 2.0 ** math.floor(math.log2(factor)) if math.isfinite(factor) and factor > 0 else 1.0
+        """What to multiply losses by: 1 outside float16 autocast, and before the first backward. Stays ``current``."""
+        factor = float(self._seen) if self._seen is not None and halves() else 1.0
+        usable = math.isfinite(factor) and factor > 0
+        self.current = 2.0 ** math.floor(math.log2(factor)) if usable else 1.0
+        return self.current
+
+    def state(self) -> float | None:
+        """The factor for the next step; ``None`` for 1, which every step without a scaler has."""
+        factor = 1.0 if self._seen is None else float(self._seen)
+        return None if factor == 1.0 else factor
+
+    def load(self, state: float | None) -> None:
+        self._seen = state
 
 
 def halves() -> bool:

@@ -48,9 +48,10 @@ class TakesDifferences(Protocol):
 class BlockFound:
     """What a refresh found out about one block; ``None`` where there is nothing to compare.
 
-    With several pieces, cosine and ratio are of sums over the pieces (Σ⟨g, ℓ⟩ over √(Σ‖g‖² Σ‖ℓ‖²)), and what compares
-    with the old Δ takes the first piece, because the old one is gone when the second comes: estimates without bias, of
-    which ``staleness`` may leave [-1, 1].
+    With several pieces, cosine and ratio are of sums over the pieces (Σ⟨g, ℓ⟩ over √(Σ‖g‖² Σ‖ℓ‖²)). What compares with
+    the old Δ, which is gone when the second piece comes, is of the sums of all pieces, by 256 numbers of each
+    parameter, so that it does not depend on the number of pieces. ``products`` has the first piece's, which are
+    estimates without bias.
 
     Attributes:
         cosine: of BP and local gradient.
@@ -58,7 +59,7 @@ class BlockFound:
         staleness: cosine of the new and the old Δ.
         spread: share of ‖Δ‖² that the pieces disagree on.
         descent: cosine of the new BP gradient and the old Δ.
-        bp, local: norms of the two gradients, over the pieces.
+        bp, local: norms of the two gradients, over the pieces, in the units of ``norm``.
         norm: ‖Δ‖ as it is stored.
         products: what α and λ are learnt from.
     """
@@ -94,6 +95,7 @@ class RefreshSum:
         shared: parameters that several blocks train; their local gradient is not scaled.
         ranks: the processes among which every piece is divided, where there are several. ``part`` is the share of this
             one in the piece that it goes through; all of them measure and store the whole piece's differences.
+        several: whether more than one piece comes.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class RefreshSum:
         offset: Offset | None = None,
         shared: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
+        several: bool = True,
     ) -> None:
+        self.several = several
         self.matching: Grads | None = {} if offset and offset.match > 0 else None  # gradients of heads by name
         self.ranks, self.part = ranks, 1.0 if ranks is None else 1.0 / ranks.size
         self.shared = shared
@@ -117,6 +121,9 @@ class RefreshSum:
         self._rejected: dict[int, float] = {}  # by block, the shares of the pieces that were left out
         self._blocks_of: dict[str, set[int]] = {}  # a tied parameter has a difference in every block that reads it
         self._torn: list[str] = []
+        self._samples: dict[int, Anchor] = {}  # by block, of BP gradients and differences, sums over the pieces
+        self._piece: dict[int, Anchor] = {}  # of the piece that is under way
+        self._old: dict[int, dict[str, Tensor]] = {}  # of the old offset
         # Of the first piece that is finite.
         self._anchors: dict[int, Anchor] | None = {} if offset is not None and offset.alpha == "auto" else None
 
@@ -139,9 +146,13 @@ class RefreshSum:
             sums["local"] += dot([ell], [ell])
         if g is not None and ell is not None:
             sums["across"] += dot([g], [ell])
-        if not self._shares.get(block):
+        first, scale = not self._shares.get(block), self.scale(block, name)
+        if self.several and (first or name in self._old.get(block, ())):
+            picked, own = (torch.zeros(()) if t is None else _few(name, t) for t in (g, ell))
+            self._piece.setdefault(block, {})[name] = picked, picked - scale * own
+        if first:
             if ell is not None and name in self.state and name not in self.seen:
-                sums["old_local"] += dot([self.state[name]], [ell])
+                sums["old_local"] += scale * dot([self.state[name]], [ell])
             if self._anchors is not None and g is not None and ell is not None and name not in self.shared:
                 self._anchors.setdefault(block, {})[name] = sample(name, g), sample(name, ell)
         elif self.agreement and g is not None and name in self.seen:
@@ -149,7 +160,7 @@ class RefreshSum:
 
     def settle(self, block: int, deltas: Grads, sums: Sums, share: float) -> None:
         """Store one block's differences from one piece of that share. ``deltas`` is emptied."""
-        names = list(deltas)
+        names, picked = list(deltas), self._piece.pop(block, {})
         for name in names:
             self._blocks_of.setdefault(name, set()).add(block)
         for name in names:
@@ -163,6 +174,13 @@ class RefreshSum:
                 return
         first = not self._shares.get(block)
         known = first and all(n in self.state for n in names)
+        if known and self.several:
+            self._old[block] = {n: _few(n, self.state[n]) for n in names if n not in self.seen}
+        if block in self._old:
+            whole = self._samples.setdefault(block, {})
+            for name in self._old[block].keys() & picked.keys():
+                g, delta = (share * p for p in picked[name])
+                whole[name] = (whole[name][0] + g, whole[name][1] + delta) if name in whole else (g, delta)
         for name in names:
             delta = deltas.pop(name).mul_(share) if share != 1.0 else deltas.pop(name)
             if name in self.seen:
@@ -199,6 +217,7 @@ class RefreshSum:
             single = len(self._shares[block]) == 1
             square = sums["delta"] / accepted if single else self._square(names) / weight**2
             found[block] = self._found(block, sums, accepted, square, weight)
+            found[block] = found[block] if single else self._of_samples(block, found[block])
         self.state.keep(lambda n: n in self.seen or (self.block_of[n] in self._rejected and n not in self._torn))
         return found
 
@@ -221,10 +240,25 @@ class RefreshSum:
             words.append(f"{', '.join(self._torn)}, in several blocks, has no offset until the next refresh")
         return f"first in {self.bad[0]}; {', '.join(words) or 'no offset is concerned'}"
 
+    def _of_samples(self, block: int, found: BlockFound) -> BlockFound:
+        """The comparison with the old Δ, of whole gradients instead of the first piece's."""
+        old, products = self._old.get(block, {}), Sums(float)
+        for name, (g, delta) in self._samples.get(block, {}).items():
+            pairs = {"gd": (g, old[name]), "dd": (delta, old[name]), "g": (g, g), "d": (delta, delta)}
+            for key, (a, b) in (pairs | {"old": (old[name], old[name])}).items():
+                products[key] += float((a * b).sum())
+        return dataclasses.replace(
+            found,
+            staleness=cosine(products["dd"], products["d"], products["old"]),
+            descent=cosine(products["gd"], products["g"], products["old"]),
+        )
+
     def _found(self, block: int, sums: Sums, accepted: float, square: float, weight: float) -> BlockFound:
-        alpha = self.alpha(block)
         spread = self._spread(block, sums["delta"] / accepted, square)
-        behind = sums["stale"] + alpha * sums["old_local"] if sums["old"] > 0 else None
+        # Pieces of a summed loss have a weight of more than 1 together, and so has the old Δ, other than its products.
+        stale = sums["stale"] / weight if sums["old"] > 0 else None
+        behind = stale + sums["old_local"] / weight if stale is not None else None
+        first = sums["stale"] + sums["old_local"]
         shares = self._shares[block]
         later = sum(shares[1:])
         return BlockFound(
@@ -232,15 +266,15 @@ class RefreshSum:
             ratio=math.sqrt(sums["delta"] / sums["bp"]) if sums["bp"] > 0 else None,
             staleness=cosine(sums["stale"], square, sums["old"]),
             spread=spread,
-            descent=cosine(behind, sums["first_bp"], sums["old"]) if behind is not None else None,
-            bp=math.sqrt(sums["bp"] / accepted),
-            local=math.sqrt(sums["local"] / accepted),
+            descent=cosine(first, sums["first_bp"], sums["old"]) if behind is not None else None,
+            bp=weight * math.sqrt(sums["bp"] / accepted),
+            local=weight * math.sqrt(sums["local"] / accepted),
             norm=weight * math.sqrt(max(square, 0.0)),
             products=Products(
                 square=square,
                 noise=spread,
                 behind=behind,
-                stale=sums["stale"] if sums["old"] > 0 else None,
+                stale=stale,
                 ahead=sums["ahead"] / later if self.agreement and later > 0 else None,
                 anchor=self._anchors.get(block) if self._anchors is not None else None,
             ),
@@ -378,6 +412,11 @@ def _meet(
     ell = own.get(name) if keep else own.pop(name, None)
     total.measure(block, name, sums, g, ell)
     deltas[name] = difference(g, ell, total.scale(block, name))
+
+
+def _few(name: str, gradient: Tensor) -> Tensor:
+    """Numbers of every parameter are kept from the first piece to the last, so as few as tell a direction."""
+    return sample(name, gradient, 256, torch.float32)
 
 
 def _match(piece: Piece, stage: Stage, outputs: list[Any], matching: Grads, share: float) -> None:

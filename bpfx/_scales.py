@@ -22,21 +22,23 @@ SAMPLE = 512  # numbers of a parameter's gradient by which two refreshes are com
 Anchor = dict[str, tuple[Tensor, Tensor]]  # by parameter, samples of BP and local gradient at one refresh
 
 
-def sample(name: str, gradient: Tensor) -> Tensor:
+def sample(name: str, gradient: Tensor, most: int = SAMPLE, dtype: torch.dtype = torch.float64) -> Tensor:
     """Numbers of a gradient, at the same places every time, scaled so that products are those of the whole in the mean.
 
     Args:
         name: of the parameter; the places depend on it.
-        gradient: any shape. With up to 512 numbers all of them are taken.
+        gradient: any shape. With up to ``most`` numbers all of them are taken.
+        most: how many.
+        dtype: of the result, which is on the CPU.
     """
     count = gradient.numel()
-    if count > SAMPLE:
-        places = torch.randint(count, (SAMPLE,), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        chosen = torch.take(gradient, places.to(gradient.device)) * math.sqrt(count / SAMPLE)
+    if count > most:
+        places = torch.randint(count, (most,), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        chosen = torch.take(gradient, places.to(gradient.device)) * math.sqrt(count / most)
     else:
         chosen = gradient.flatten().resolve_conj()
     real = torch.view_as_real(chosen).flatten() if chosen.is_complex() else chosen
-    return real.detach().cpu().to(torch.float64, copy=True)
+    return real.detach().cpu().to(dtype, copy=True)
 
 
 @dataclasses.dataclass

@@ -80,7 +80,7 @@ def unchanged(step: Step, trainer: BlockTrainer | None = None) -> Iterator[None]
     tensors |= {id(weights[n]): weights[n] for n in weights.names()}  # literals in the model's code too
     kept = [_Kept(t) for t in tensors.values()]
     iteration, offset, data = step.iteration, step.offset, step._refresh_data
-    progress = _keep([list(step._head_versions), list(step._model_versions)])
+    seen, loss_scale = step._care.seen, step._loss_scale.state()
     correction = step._correction
     learnt = correction.progress() if correction is not None else None
     devices = {n: s.parts[0].device for n, s in step.offset_state._stored.items()}
@@ -105,7 +105,8 @@ def unchanged(step: Step, trainer: BlockTrainer | None = None) -> Iterator[None]
             for parameter, grad in grads:
                 parameter.grad = grad
             step.iteration, step.offset, step._refresh_data, step._forced = iteration, offset, data, None
-            step._head_versions, step._model_versions = _back(progress)
+            step._care.seen = seen
+            step._loss_scale.load(loss_scale)
             if correction is not None and learnt is not None:
                 correction.load_progress(learnt)
             if correction is not None:

@@ -15,11 +15,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from bpfx._alone import alone
+from bpfx._care import Care
 from bpfx._correction import EXACT, LOCAL, REFRESH, Correction
 from bpfx._ddp import OnOneDevice, aside, for_limits, ranks_of_ddp
 from bpfx._deliver import Deliver
 from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads, merged
+from bpfx._hooks import hooks_aside
 from bpfx._loss_scale import LossScale
 from bpfx._matching import check_matching
 from bpfx._offset_state import OffsetState
@@ -33,7 +35,6 @@ from bpfx.compiler import Compiler
 from bpfx.diagnostics import BlockScore, Diagnostics, block_scores
 from bpfx.errors import BpfxError, BpfxWarning
 from bpfx.losses import Views
-from bpfx.memory import format_bytes
 from bpfx.offset import Offset, RefreshData
 from bpfx.passes.batch import call_model, judges_output, loss_of
 from bpfx.passes.graph import HEADS
@@ -51,12 +52,14 @@ class StepResult:
         grads: gradient by parameter name; those of heads as ``bpfx.heads.<block>.<name>``.
         local_losses: the local loss of every block that trains, in order (empty for the BP step).
         outputs: the model's own output.
+        exact: whether ``grads`` of the model's parameters are BP's.
     """
 
     loss: Tensor
     grads: Grads
     local_losses: list[Tensor]
     outputs: Any
+    exact: bool = False
 
 
 class Step(OnOneDevice):
@@ -111,8 +114,7 @@ class Step(OnOneDevice):
         # The blocks whose local losses a step returns.
         stages = compiler.main.stages
         self._learning = [s.index for s in stages if isinstance(s.local, LocalGradient) or s is stages[-1]]
-        self._head_versions: list[int] = []
-        self._model_versions: list[int] = []
+        self._care = Care(self)
 
     # --- the drop-in loop ---------------------------------------------------------------------------------------------
 
@@ -135,18 +137,17 @@ class Step(OnOneDevice):
             return loss if compiler.loss_fn is not None else output
         tensors = compiler.spec.flatten(args, kwargs)
         self._check_trainable()
-        self._check_heads()
-        self._check_budget()
+        self._care.look(self.iteration)
         self._ranks, shards = ranks_of_ddp(self), shards_of(self)
-        variant = compiler.variant(tensors)
-        variant.captured.weights.loss_scale = self._loss_scale.now()
+        self._loss_scale.now()
+        variant = self._variant(tensors)
         kind = self._kind()
         run = {EXACT: self._run_exact, REFRESH: self._refresh, LOCAL: self._run_local}[kind]
         run = run if shards is None else partial(self._run_sharded, shards)
-        with aside(self, kind):
+        with aside(self, kind), hooks_aside(self.parameters()):
             result = run(variant, tensors)
-        if kind != EXACT:
-            result.grads = self._corrected(for_limits(self, result.grads))
+        grads = result.grads if result.exact else for_limits(self, result.grads)
+        result.grads = self._corrected(grads, exact=result.exact)
         self.iteration += 1
         self.diagnostics.learning.add(dict(zip(self._learning, result.local_losses, strict=True)), self.iteration - 1)
         return self._deliver(result, result.grads)
@@ -177,6 +178,12 @@ class Step(OnOneDevice):
         with torch.random.fork_rng():
             return block_scores(self._compiler, self._compiler.spec.flatten(args, kwargs))
 
+    def _variant(self, tensors: Sequence[Tensor]) -> Variant:
+        """The steps for these shapes, which may have weights' views of their own, with the call's loss scale."""
+        variant = self._compiler.variant(tensors)
+        variant.captured.weights.loss_scale = self._loss_scale.current
+        return variant
+
     # --- the two steps ------------------------------------------------------------------------------------------------
 
     def _run_local(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
@@ -185,7 +192,7 @@ class Step(OnOneDevice):
 
     def _run_bp(self, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         loss, grads, outputs = variant.bp_step(*tensors)
-        return StepResult(loss, merged(grads), [], self._output(variant, loss, outputs))
+        return StepResult(loss, merged(grads), [], self._output(variant, loss, outputs), exact=True)
 
     def _run_sharded(self, shards: Shards, variant: Variant, tensors: Sequence[Tensor]) -> StepResult:
         kept = frozenset(n.name for n in variant.captured.graph.outputs if isinstance(n, fx.Node))
@@ -209,7 +216,7 @@ class Step(OnOneDevice):
         if self.offset.micro_batches > 1 and not whole:
             split = self._compiler.spec.split(list(tensors), self.offset.micro_batches)
             shares = self._refresh_shares(split, tensors, None)
-            pieces = [Piece.of(self._compiler.variant(t), t, s) for t, s in zip(split, shares, strict=True) if s]
+            pieces = [Piece.of(self._variant(t), t, s) for t, s in zip(split, shares, strict=True) if s]
             wanted = []  # the outputs belong to pieces; with a loss_fn nobody sees them
         else:
             pieces = [Piece.of(variant, tensors)]
@@ -224,7 +231,7 @@ class Step(OnOneDevice):
         # With a horizon, the last blocks before the end have no head: their local loss is the task loss.
         local_losses = [losses.get(k, loss) for k in self._learning]
         outputs = self._outputs_of(pieces[0], variant) if wanted else None
-        return StepResult(loss, merged(parts), local_losses, outputs)
+        return StepResult(loss, merged(parts), local_losses, outputs, exact=True)
 
     def _outputs_of(self, piece: Piece, variant: Variant) -> Any:
         """The model's output from the values that a piece has kept."""
@@ -236,9 +243,9 @@ class Step(OnOneDevice):
         outputs = [values[o.name] if isinstance(o, fx.Node) else o for o in graph.outputs]
         return self._output(variant, piece.loss, outputs)
 
-    def _corrected(self, local: Grads, names: Sequence[str] | None = None) -> Grads:
-        """g̃ in the memory of the local gradients, all of them or those of one block."""
-        return local if self._correction is None else self._correction.apply(local, self.iteration, names)
+    def _corrected(self, grads: Grads, names: Sequence[str] | None = None, exact: bool = False) -> Grads:
+        """g̃ in the memory of the local gradients (or BP's, if ``exact``), all of them or those of one block."""
+        return grads if self._correction is None else self._correction.apply(grads, self.iteration, names, exact)
 
     # --- the refresh --------------------------------------------------------------------------------------------------
 
@@ -262,13 +269,15 @@ class Step(OnOneDevice):
             piece = Piece.of(variant, tensors)
             if self._ranks is not None:
                 self._ranks.together(self.iteration, REFRESH)
-            with self._measuring() as total:
+            with self._measuring(several=False) as total:
                 losses = refresh_piece(piece, total, 1.0, parts, frozenset(n.name for n in wanted))
             assert piece.loss is not None
             return StepResult(piece.loss, merged(parts), losses, self._outputs_of(piece, variant))
         with self._correction.as_one(self.diagnostics, self.iteration):
             self._measure(tensors)
-            return self._run_local(variant, tensors)
+            # Δ has other samples, draws or pieces than this step: among exact steps it must not enter it.
+            exact = self._correction.in_exact_phase(self.iteration)
+            return self._run_exact(variant, tensors) if exact else self._run_local(variant, tensors)
 
     def _measure(
         self,
@@ -293,10 +302,10 @@ class Step(OnOneDevice):
         shares = self._refresh_shares(pieces, tensors, told)
         rounds = rounds_of(self._ranks, pieces, shares, told, self.iteration)
         try:
-            with self._measuring() as total:
+            with self._measuring(several=len(rounds) > 1) as total:
                 for inputs, share, total.part in rounds:
                     if inputs:
-                        piece = Piece.of(self._compiler.variant(inputs), inputs, 1.0, home, use)
+                        piece = Piece.of(self._variant(inputs), inputs, 1.0, home, use)
                         refresh_piece(piece, total, share, None)
                     else:
                         idle_piece(self._compiler.main.stages, total, share)
@@ -346,12 +355,13 @@ class Step(OnOneDevice):
         return pieces
 
     @contextmanager
-    def _measuring(self) -> Iterator[RefreshSum]:
+    def _measuring(self, several: bool) -> Iterator[RefreshSum]:
         """Around a refresh: the sum that takes its pieces, then statistics and schedule."""
         correction, iteration = self._correction, self.iteration
         assert correction is not None
         inside, shared = partial(correction.inside, iteration=iteration), correction.shared
-        total = RefreshSum(correction.state, correction.block_of, inside, correction.offset, shared, self._ranks)
+        made_of = correction.state, correction.block_of, inside, correction.offset, shared
+        total = RefreshSum(*made_of, self._ranks, several)
         try:
             yield total
         except BaseException:
@@ -398,37 +408,6 @@ class Step(OnOneDevice):
                 "after the conversion; call bpfx.convert again"
             )
 
-    def _check_budget(self) -> None:
-        budget = self.plan.budget
-        if self.iteration or budget is None:
-            return
-        rule = self._correction.rule if self._correction is not None else None
-        kinds = ("local",) if rule is None else ("local", "refresh", *["bp_blocks"] * rule.exact)
-        need = max(self.plan.predicted.get(kind, 0) for kind in kinds)
-        if need > budget:
-            warnings.warn(
-                f"the memory budget of {format_bytes(budget)} holds for bpfx.BlockTrainer with "
-                f"{self.plan.micro_batches} micro-batches; this loop is predicted to need {format_bytes(need)}",
-                BpfxWarning,
-                stacklevel=3,
-            )
-
-    def _check_heads(self) -> None:
-        # Forgetting the heads is easy (an optimizer over model.parameters()) and silent: their weights never move.
-        versions = [p._version for p in self.heads.parameters()]
-        if self.iteration == 2 and versions and versions == self._head_versions:
-            model = [p for p in self.model.parameters() if p.requires_grad]
-            if any(p._version != v for p, v in zip(model, self._model_versions, strict=False)):
-                warnings.warn(
-                    "the model's parameters were stepped but the heads' were not; give the optimizer "
-                    "step.parameters() instead of model.parameters()",
-                    BpfxWarning,
-                    stacklevel=3,
-                )
-        if self.iteration == 0:
-            self._head_versions = versions
-            self._model_versions = [p._version for p in self.model.parameters() if p.requires_grad]
-
     # --- state --------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -439,6 +418,7 @@ class Step(OnOneDevice):
             "correction": self._correction.progress() if self._correction is not None else None,
             "blocks": [b.name for b in self.plan.blocks],
             "refreshes": list(self.diagnostics.refreshes),
+            "loss_scale": self._loss_scale.state(),
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -451,9 +431,12 @@ class Step(OnOneDevice):
         weights = self._compiler.weights
         self.iteration = int(state["iteration"])
         if self._correction is not None:
-            self._correction.state.load(state["offset"], lambda name: weights[name].device)
+            # Parameters that do not train any more have no gradient to correct.
+            kept = {n: entry for n, entry in state["offset"].items() if n in self._correction.block_of}
+            self._correction.state.load(kept, lambda name: weights[name].device)
             self._correction.load_progress(state.get("correction"))
         self.diagnostics.refreshes[:] = list(state["refreshes"])
+        self._loss_scale.load(state.get("loss_scale"))
 
     def _check_blocks(self, state: Any) -> None:
         own = [b.name for b in self.plan.blocks]

@@ -16,6 +16,7 @@ from bpfx._alone import alone
 from bpfx._correction import EXACT, REFRESH
 from bpfx._exact import exact_sweep
 from bpfx._gradients import Grads
+from bpfx._hooks import refuse_steps_in_backward
 from bpfx._idle import IdleState
 from bpfx._loss_scale import refuse_halves
 from bpfx._parallel import Ranks, idle_sweep, ranks_of_trainer, summed
@@ -205,6 +206,8 @@ class BlockTrainer:
             if kind == REFRESH:
                 size = -(-samples // self._refresh_pieces)
                 step._measure(tensors, size, self._boundary_home, self._idle.use, self.reduction)
+                if step._correction is not None and step._correction.in_exact_phase(step.iteration):
+                    kind = EXACT  # Δ has other draws and pieces than this step, and must not enter it
             norm: float | None = None
             if self.clip_norm is not None and self.clip == "global":
                 norm = self._global_norm(pieces, shares, kind)
@@ -297,8 +300,8 @@ class BlockTrainer:
             blocks = summed(blocks, self._ranks, self._named)
         with closing(blocks):
             for k, grads, extra in blocks:
-                if k in self._named and self.mode == "local" and kind != EXACT:
-                    grads = self.converted._corrected(grads, [name for name, _ in self._named[k]])
+                if k in self._named and self.mode == "local":
+                    grads = self.converted._corrected(grads, [name for name, _ in self._named[k]], kind == EXACT)
                 yield k, grads, extra
 
     def _assembled(
@@ -397,6 +400,7 @@ class BlockTrainer:
                     f"the parameter {name!r} was replaced by another object after the trainer was made, and its "
                     "optimizer would step the old one; make a new BlockTrainer"
                 )
+            refuse_steps_in_backward(name, parameter)
 
     def _clean(self) -> None:
         for parameters in self._named.values():

@@ -189,7 +189,7 @@ def state_of(step: bpfx.Step, trainer: bpfx.BlockTrainer | None = None) -> dict[
         "iteration": step.iteration,
         "grads": {n: p.grad for n, p in step.named_parameters()},
         "generators": generators,
-        "heads seen": (step._head_versions, step._model_versions, step.offset),
+        "heads seen": (step._care.seen, step.offset),
         "modes": [m.training for m in step.modules()],
     }
     if trainer is not None:

@@ -199,6 +199,54 @@ def test_float16_gradients_do_not_vanish_behind_a_scaler(offset: bpfx.Offset | N
         assert gradient.any() or not expected[name].any(), f"{name} vanished"
 
 
+def small(fixed: bool) -> tuple[bpfx.Step, Tensor, Tensor]:
+    """Gradients of about 1e-7; ``fixed``: a graph for one batch size, so that pieces have graphs of their own."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.b(torch.tanh(self.a(x))))
+            return self.c(x + torch.zeros(int(x.shape[0]), 16) if fixed else x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 8), torch.randint(3, (256,))
+    offset = bpfx.Offset(period=1, micro_batches=4)
+    tiny = lambda output, target: F.cross_entropy(output, target) * 1e-4  # noqa: E731
+    return bpfx.convert(Net(), tiny, (x, y), blocks=["b", "c"], offset=offset), x, y
+
+
+def scaled_steps(step: bpfx.Step, count: int, x: Tensor, y: Tensor) -> Tensor:
+    """The first weight's gradient after so many steps."""
+    for _ in range(count):
+        step.zero_grad()
+        with FP16():
+            loss = step(x, y)
+        (loss * 2.0**16).backward()
+    grad = step.model.a.weight.grad
+    assert isinstance(grad, Tensor)
+    return grad / 2.0**16
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pieces_of_a_refresh_are_scaled_as_the_batch_is(fixed: bool) -> None:
+    step, x, y = small(fixed)
+    found = scaled_steps(step, 2, x, y)
+    expected = torch.autograd.grad(F.cross_entropy(step.model(x), y) * 1e-4, step.model.a.weight)[0]
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_loaded_state_goes_on_with_the_scale() -> None:
+    step, x, y = small(False)
+    scaled_steps(step, 2, x, y)
+    saved = copy.deepcopy(step.state_dict())
+    resumed = small(False)[0]
+    resumed.load_state_dict(saved)
+    assert torch.equal(scaled_steps(resumed, 1, x, y), scaled_steps(step, 1, x, y))
+
+
 def test_an_overflow_is_skipped_by_the_scaler_and_the_scale_follows() -> None:
     model, (x, y) = example()
     step = bpfx.convert(model, F.cross_entropy, (x, y), blocks=3, offset=None)

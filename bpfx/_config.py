@@ -111,6 +111,8 @@ class Config:
             raise BpfxError(f"lr must be a positive number, not {self.lr}.")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise BpfxError(f"weight_decay must be a number of at least 0, not {self.weight_decay}.")
+        if not (math.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
+            raise BpfxError(f"checkpoint_seconds must be a number of at least 0, not {self.checkpoint_seconds}.")
         if not 0 <= self.seed < 2**63:
             raise BpfxError(f"seed must be at least 0 and below 2**63, not {self.seed}.")
         unknown = [method for method in self.methods if method not in METHODS]
@@ -127,9 +129,9 @@ class Config:
             stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["settings"]
             lists = {key: tuple(value) for key, value in stored.items() if isinstance(value, list)}
             return Config(**(stored | lists))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BpfxError(f"{folder} holds no run to resume: it has no {CONFIG_FILE}.") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BpfxError(f"The settings in {folder / CONFIG_FILE} cannot be read: {error}.") from None
 
     def offset(self) -> Offset:

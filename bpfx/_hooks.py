@@ -20,6 +20,7 @@ def hooks_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
     """No hook of these parameters runs inside; afterwards they are as before.
 
     Example:
+        >>> import torch
         >>> weight = torch.ones(1, requires_grad=True)
         >>> _ = weight.register_hook(lambda grad: grad * 2)
         >>> with hooks_aside([weight]):

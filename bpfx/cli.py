@@ -141,6 +141,8 @@ def _draw(arguments: dict[str, Any]) -> int:
     config = Config(**arguments)
     if not out.absolute().parent.is_dir():
         raise BpfxError(f"Cannot write {out}: there is no folder {out.parent}.")
+    if out.is_dir():
+        raise BpfxError(f"Cannot write {out}: it is a folder; name a file in it, such as {out / 'plan.svg'}.")
     plan = _make_plan(config)
     draw.write(plan, out, title=f"{config.model}, {len(plan.blocks)} blocks")
     print(f"wrote {out}")

@@ -76,6 +76,10 @@ class Learning:
             self.listeners.tell({"iteration": now_at} | {f"block{k}/loss": mean for k, mean in means.items()})
         self._warn(means)
 
+    def begin_anew(self) -> None:
+        """Forget the window that is under way: the losses to come are of another training."""
+        self._sum, self._count = None, 0
+
     def gains(self) -> dict[int, float]:
         """How far the best window of every block is below its first, as a share of the first."""
         return {k: (v - self._best[k]) / abs(v) if v else 0.0 for k, v in self.first.items() if k in self._best}

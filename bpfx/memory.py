@@ -138,8 +138,8 @@ def measure_steps(target: Step | BlockTrainer, *args: Any, **kwargs: Any) -> dic
         A :class:`Peak` by kind, its ``result`` the task loss. Of a step: ``"local"`` and ``"bp_blocks"``
         (``run_local``, ``run_bp``), ``"drop_in"`` (call, backward and the gradients it leaves) and ``"refresh"`` (the
         same at an iteration that refreshes). Of a trainer, each a whole step with optimizer: ``"local_serial"`` and
-        ``"refresh_serial"`` (the refresh and the local step after it: the larger of the two counts), or in mode
-        ``"bp"`` ``"bp_serial"``. Refreshes only where there is an offset. With a period of 1 the steps between two
+        ``"refresh_serial"`` (the refresh and the local or exact step after it: the larger of the two counts), or in
+        mode ``"bp"`` ``"bp_serial"``. Refreshes only where there is an offset. With a period of 1 the steps between two
         refreshes are measured all the same, though no training takes one.
 
     Raises:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bpfx import draw
 from bpfx._config import Config
+from bpfx._files import finite
 from bpfx.plan import Plan
 
 if TYPE_CHECKING:
@@ -128,16 +129,20 @@ def make(
         plan: from `bpfx.plan`.
         console: for the table and the names of the files.
     """
-    rows = [_row(method, results[method], plan) for method in LABELS if results.get(method)]
+    # A refresh of other samples or pieces than the batch has is not what the plan predicts.
+    refreshes = config.offset_batch is None and config.micro_batches == 1 and config.lam != "auto"
+    known = {k: v for k, v in plan.predicted.items() if k != "refresh" or refreshes}
+    rows = [_row(method, results[method], known) for method in LABELS if results.get(method)]
     report = Report(rows, _summary(config, results), folder)
     title = f"# {config.model} on {config.data}\n\n"
     settings = (
         f"{config.iterations} iterations of {config.batch_size} images, AdamW, one cycle to lr {config.lr:g}, "
-        f"{len(plan.blocks)} blocks, offset period {config.period}, seed {config.seed}, {config.compile}.\n\n"
+        f"{len(plan.blocks)} blocks, offset period {config.period}, seed {config.seed}, {config.compile}"
+        f"{'' if config.compile == 'eager' else ' (BP and checkpointing run eager)'}.\n\n"
     )
     (folder / "report.md").write_text(title + settings + report.markdown(), encoding="utf-8")
     content = {"rows": [dataclasses.asdict(row) for row in rows], "summary": report.summary, "results": results}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(finite(content), indent=1) + "\n", encoding="utf-8")
     (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
     draw.write(plan, folder / "plan.svg", title=f"{config.model}, {len(plan.blocks)} blocks")
     drawn = curves(folder / "curves.png", f"{config.model} on {config.data}", results, metrics)
@@ -159,11 +164,11 @@ def make(
     return report
 
 
-def _row(method: str, result: dict[str, Any], plan: Plan) -> Row:
+def _row(method: str, result: dict[str, Any], known: Mapping[str, int]) -> Row:
     # A block whose gradient is exactly zero has no direction, hence no cosine.
     cosines = [value for value in result.get("cosines", []) if math.isfinite(value)]
     accuracy = result.get("accuracy")
-    predicted = _predicted(method, plan.predicted)
+    predicted = _predicted(method, known)
     state = result.get("state_bytes")
     return Row(
         method,

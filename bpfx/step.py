@@ -436,6 +436,7 @@ class Step(OnOneDevice):
             self._correction.state.load(kept, lambda name: weights[name].device)
             self._correction.load_progress(state.get("correction"))
         self.diagnostics.refreshes[:] = list(state["refreshes"])
+        self.diagnostics.learning.begin_anew()
         self._loss_scale.load(state.get("loss_scale"))
 
     def _check_blocks(self, state: Any) -> None:

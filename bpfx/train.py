@@ -32,6 +32,7 @@ from torch import nn
 import bpfx
 from bpfx import _measure, checkpoint, data, logs, report
 from bpfx._config import CONFIG_FILE, METHODS, Config, build, example_batch, prepare
+from bpfx._files import make_folder
 from bpfx._ranks import is_rank_zero
 from bpfx._runs import Interrupted, Stop, batches, random_state, replace, restore_random
 from bpfx.errors import BpfxError
@@ -143,7 +144,7 @@ class _Run:
             local_loss=self.config.local_losses(),
             horizon=self.config.horizon,
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         if self.tensorboard:
             (self.folder / _TENSORBOARD).mkdir(exist_ok=True)
         self._write_config()

@@ -263,6 +263,10 @@ def test_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[s
         (["train", "--device", "abacus"], "The device 'abacus' is not available here"),
         (["train", "--resume", "no/such/run"], "no/such/run holds no run to resume"),
         (["train", "--resume", "x", "--lr", "1"], "takes every setting from the run's folder; leave out --lr"),
+        (["train", "--resume", "/dev/null"], "/dev/null holds no run to resume"),
+        (["train", "--out", "/dev/null/run"], "Cannot make the folder /dev/null/run: Not a directory; choose another"),
+        (["compare", "--out", "/dev/null/run"], "Cannot make the folder /dev/null/run"),
+        (["draw", "--out", "/"], "Cannot write /: it is a folder; name a file in it, such as /plan.svg"),
         (["train", "--batch-size", "many"], "invalid int value: 'many'"),
         (["train", "--modle", "x"], "unrecognized arguments: --modle x"),
         (["tarin"], "invalid choice: 'tarin'"),
@@ -279,6 +283,16 @@ def test_errors_are_one_plain_sentence(
     err = capsys.readouterr().err
     assert err.startswith("bpfx: ") and expected in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def test_report_of_a_run_that_diverged_is_json(tmp_path: Path) -> None:
+    assert run_tiny(tmp_path / "run", "--methods", "local", "--lr", "1e18", "--eval-every", "1") == 0
+
+    def never(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "run" / "report.json").read_text("utf-8")
+    assert None in json.loads(text, parse_constant=never)["results"]["local"]["cosines"]
 
 
 def test_folder_that_holds_a_run_is_not_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

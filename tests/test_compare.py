@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bpfx.compare.record import Record
 from bpfx.compare.rows import ROWS
 from bpfx.compare.settings import Settings
 from bpfx.compare.table import Table
+from bpfx.errors import BpfxError
 
 ROWS_OF_THE_RUN = ("bp", "checkpointing", "serial", "offset")
 TINY = ["--model", "tiny", "--iterations", "6", "--batch-size", "8", "--eval-images", "40", "--image-size", "8"]
@@ -342,6 +344,47 @@ def test_a_row_that_cannot_run_is_reported_and_the_others_go_on(
     assert rows["stale"]["measured"]["failed"] is False and "0" in rows["bp"]["measured"]["runs"]["iterations"]
 
 
+def test_what_may_pass_is_tried_again_and_counts_as_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data that cannot be read once are no property of a row, unlike what the row itself refuses."""
+    options, rows = ("--budget", "iterations", "--checkpoint-seconds", "0"), ("bp", "local")
+    assert run(tmp_path / "whole", *options, rows=rows) == 0
+    read, began = runs.batches, []
+
+    def torn(train: Any, config: Config, start: int) -> Any:
+        began.append(start)
+        for number, batch in enumerate(read(train, config, start)):
+            if len(began) == 2 and number == 3:
+                raise BpfxError("the disk is away")
+            yield batch
+
+    monkeypatch.setattr(runs, "batches", torn)
+    assert run(tmp_path / "torn", *options, rows=rows) == 0
+    assert "failed: the disk is away" in capsys.readouterr().out
+    assert "Unfinished: 1 of 2 runs" in (tmp_path / "torn" / "compare.md").read_text("utf-8")
+    assert cli.main(["compare", "--resume", str(tmp_path / "torn")]) == 0
+    assert began == [0, 0, 3], "what failed goes on from where it was saved"
+    assert accuracies(tmp_path / "torn") == accuracies(tmp_path / "whole")
+    assert not (tmp_path / "torn" / "current.pt").exists()
+
+
+def test_warnings_before_a_stop_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Method.advance
+
+    def warned(self: Method, *batch: torch.Tensor) -> float:
+        if self.trainee.step is not None and self.iteration == 2:
+            warnings.warn("a block stands still", bpfx.BpfxWarning, stacklevel=1)
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, *batch)
+
+    monkeypatch.setattr(Method, "advance", warned)
+    assert run(tmp_path, "--budget", "iterations", rows=("local",)) == 130
+    monkeypatch.undo()
+    assert cli.main(["compare", "--resume", str(tmp_path)]) == 0
+    assert "a block stands still" in stored(tmp_path)["rows"]["local"]["measured"]["warnings"]
+
+
 def test_divergence_is_noted(tmp_path: Path) -> None:
     assert run(tmp_path, "--lr", "1e25", "--budget", "iterations", rows=("bp",)) == 0
     assert stored(tmp_path)["rows"]["bp"]["measured"]["runs"]["iterations"]["0"]["diverged"] is not None
@@ -376,6 +419,8 @@ def test_seeds_are_asked_for(seeds: str, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_other_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "whole numbers separated by commas" in said(capsys, "--seeds", "one")
+    assert "seed must be at least 0 and below 2**63, not -1" in said(capsys, "--seeds", "0,-1")
+    assert "checkpoint_seconds must be a number of at least 0, not inf" in said(capsys, "--checkpoint-seconds", "inf")
     assert "period must be at least 1, not 0" in said(capsys, "--period", "0")
     assert "micro_batches must be at least 1, not 0" in said(capsys, "--micro-batches", "0")
     assert "budget must be iterations, time or both, not 'money'" in said(capsys, "--budget", "money")

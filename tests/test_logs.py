@@ -84,6 +84,19 @@ def test_listeners_hear_every_refresh_and_window_as_flat_numbers() -> None:
     assert "block0/staleness" not in refreshes[0], "there is no old offset at the first refresh"
 
 
+def test_a_window_under_way_is_not_mixed_with_a_loaded_training() -> None:
+    step, other = made(), made()
+    trained(other, 60)
+    trained(step, 30)  # 30 losses of a window
+    step.set_extra_state(other.get_extra_state())
+    heard: list[dict[str, float]] = []
+    step.diagnostics.listen(heard.append)
+    trained(step, 109)
+    assert not [s for s in heard if "block0/loss" in s]
+    trained(step, 110)
+    assert len([s for s in heard if "block0/loss" in s]) == 1
+
+
 def test_logging_changes_no_bit_of_training(tmp_path: Path) -> None:
     plain, logged = made(), made()
     logged.diagnostics.listen(CsvWriter(tmp_path / "r.csv"))

@@ -171,6 +171,8 @@ def test_no_network_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
         (["--lr", "-1"], "--lr must be a positive number, not -1.0"),
+        (["--seed", "-1"], "--seed must be at least 0 and below 2**63, not -1"),
+        (["--out", "/dev/null/run"], "Cannot make the folder /dev/null/run"),
         (["--smok"], "unrecognized arguments: --smok"),
         (["--period", "0"], "'0' is neither a number of at least 1 nor auto"),
         (["--blocks", "none"], "'none' is neither a number of at least 1 nor auto"),

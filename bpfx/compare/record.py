@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from bpfx._config import CONFIG_FILE
+from bpfx._files import finite
 from bpfx._runs import replace
 from bpfx.compare.rows import ROWS
 from bpfx.compare.settings import Settings
@@ -153,17 +153,8 @@ class Record:
                 if key in self.rows
             },
         }
-        text = json.dumps(_finite(content), indent=1) + "\n"
+        text = json.dumps(finite(content), indent=1) + "\n"
         replace(self.folder / FILE, lambda path: path.write_text(text, "utf-8"))
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _now() -> str:

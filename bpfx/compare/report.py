@@ -49,6 +49,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     """The head of the report: what was compared, with what, when."""
     settings, about = record.settings, record.about
     config = settings.config
+    images = min(config.batch_size, about["train_images"])
     blocks = "" if config.blocks == "auto" else f" (asked for: {config.blocks})"
     versions = ["; ".join(f"{key} {value}" for key, value in made.items()) for made in record.made_with]
     return [
@@ -60,7 +61,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
         ),
         (
             "training",
-            f"{config.iterations} iterations of {config.batch_size} images (BP), AdamW, one cycle to lr {config.lr:g}, "
+            f"{config.iterations} iterations of {images} images (BP), AdamW, one cycle to lr {config.lr:g}, "
             f"weight decay {config.weight_decay:g}, no augmentation, fp32, eager",
         ),
         ("seeds", ", ".join(map(str, settings.seeds))),
@@ -87,7 +88,7 @@ def _explanations(record: Record) -> list[tuple[str, str, str]]:
 def _unfinished(record: Record) -> str:
     settings = record.settings
     budgets = ("iterations", "time") if settings.budget == "both" else (settings.budget,)
-    rows = [key for key in settings.rows if "reason" not in record.row(key)]
+    rows = [key for key in settings.rows if "reason" not in record.row(key) or record.row(key)["failed"]]
     wanted = len(rows) * len(budgets) * len(settings.seeds)
     made = sum(len(record.runs(key, budget)) for key in rows for budget in budgets)
     return f"Unfinished: {made} of {wanted} runs are there." if made < wanted else ""

@@ -6,7 +6,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from bpfx._config import example_batch
 from bpfx._runs import batches, random_state, restore_random
 from bpfx.compare.methods import Case, Method, plain
 from bpfx.compare.rows import Row
+from bpfx.errors import BpfxError
 from bpfx.memory import measure_peak
 
-__all__ = ["Stopped", "Watch", "costs", "reference", "train"]
+__all__ = ["Refused", "Stopped", "Watch", "costs", "reference", "train"]
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _WINDOWS = 5  # of timing
@@ -53,6 +55,18 @@ class Watch:
     seconds: float = math.inf
 
 
+class Refused(BpfxError):
+    """A row does not work for a model, now or ever; other errors (data that cannot be read) may pass."""
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except BpfxError as error:
+        raise Refused(str(error)) from error
+
+
 def reference(case: Case) -> Method:
     """BP on a model of its own, to time steps beside: the time of a step does not depend on its weights."""
     return Method(plain(case), case)
@@ -73,11 +87,12 @@ def train(row: Row, case: Case, watch: Watch, state: dict[str, Any] | None = Non
         about its steps; and the trained method.
 
     Raises:
-        BpfxError: the row does not work for this model.
+        Refused: the row does not work for this model.
         Stopped: `watch` asked for it.
     """
     config = case.config
-    method = (row.trained or row.make)(case)
+    with _refusing():
+        method = (row.trained or row.make)(case)
     beside = reference(case) if method.cycle is None else None
     torch.manual_seed(config.seed + 1)
     run: dict[str, Any] = {"curve": [], "cosines": [], "diverged": None, "seconds": [], "bp_seconds": []}
@@ -98,7 +113,8 @@ def train(row: Row, case: Case, watch: Watch, state: dict[str, Any] | None = Non
     while method.iteration < case.iterations and run["diverged"] is None:
         x, y = next(source)
         began = time.perf_counter()
-        loss = method.advance(x, y)
+        with _refusing():
+            loss = method.advance(x, y)
         run["seconds"].append(time.perf_counter() - began)
         if beside is not None and method.iteration % apart == 0:
             with torch.random.fork_rng():
@@ -165,10 +181,14 @@ def costs(row: Row, case: Case, trained: Method | None, ratios: list[float] | No
     Returns:
         `ratio` (median over windows; over a whole run: the mean), `ratios` of the windows, `over` ("windows" or "run"),
         `bp_seconds` and `bp_peak_bytes` of a BP step, `peak_bytes` of the most expensive step.
+
+    Raises:
+        Refused: the row does not work for this model.
     """
-    method = trained if trained is not None and row.trained is None else row.make(case)
-    beside = reference(case)
     batch = example_batch(case.config, case.splits)
+    with _refusing():
+        method = trained if trained is not None and row.trained is None else row.make(case)
+    beside = reference(case)
     for one in (beside, method):  # caches, and the optimizer's state where nothing has been trained
         one.advance(*batch)
     over = "windows" if ratios is None else "run"

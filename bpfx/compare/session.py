@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import bpfx
 from bpfx import checkpoint, data
 from bpfx._config import build, example_batch, prepare
+from bpfx._files import make_folder
 from bpfx._runs import Interrupted, Stop
 from bpfx.compare import plots, report, runs
 from bpfx.compare.methods import Case
@@ -101,7 +102,7 @@ class _Session:
             "image_size": splits.image_size,
             "blocks": len(plan.blocks),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         todo = self._todo()
         if todo:
             self.record.save()
@@ -191,21 +192,23 @@ class _Session:
             except runs.Stopped as stopped:
                 self._keep(job, stopped.state)
                 raise Interrupted(self.folder) from None
-            except BpfxError as error:
+            except runs.Refused as error:
                 row |= {"reason": str(error), "failed": False}
             except Exception as error:  # one row's mistake must not cost the others their hours
                 said = str(error).strip().splitlines()
-                reason = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-                row |= {"reason": reason, "failed": True}
+                kind = "" if isinstance(error, BpfxError) else f"{type(error).__name__}: "
+                row |= {"reason": f"{kind}{said[0]}" if said else type(error).__name__, "failed": True}
                 self.failed.add(job.key)
-        said = [str(w.message) for w in caught if issubclass(w.category, BpfxWarning)]
-        if said:
-            row["warnings"] = list(dict.fromkeys([*row.get("warnings", []), *said]))[:20]
+            finally:  # a run that was stopped has been warned, too
+                new = [str(w.message) for w in caught if issubclass(w.category, BpfxWarning)]
+                if new:
+                    row["warnings"] = list(dict.fromkeys([*row.get("warnings", []), *new]))[:20]
+                self.record.save()
         if "reason" not in row:
             self.expected += expected
             self.took += time.monotonic() - began
-        (self.folder / _CURRENT).unlink(missing_ok=True)
-        self.record.save()
+        if not row.get("failed"):  # what failed is tried again, from where it was saved
+            (self.folder / _CURRENT).unlink(missing_ok=True)
 
     def _run(self, job: _Job, splits: data.Splits, progress: Progress, inner: TaskID) -> None:
         record, row = self.record, ROWS[job.key]

@@ -70,6 +70,8 @@ class Settings:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             given = ",".join(map(str, self.seeds))
             raise BpfxError(f"seeds must be one or more whole numbers, each once, such as 0,1,2, not {given!r}.")
+        for seed in self.seeds:
+            dataclasses.replace(self.config, seed=seed)  # refuses one out of range
         for name in ("period", "micro_batches"):
             if getattr(self, name) < 1:
                 raise BpfxError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bpfx
 from bpfx import data
+from bpfx._files import make_folder
 from bpfx.errors import BpfxError
 from bpfx.models.recipes._images import Images
 
@@ -333,6 +334,7 @@ def fine_tune(recipe: Recipe, images: Images, arguments: argparse.Namespace, con
         f"{steps} steps of {images.batch_size}",
         soft_wrap=True,
     )
+    make_folder(Path(arguments.out))  # now, and not when there is a model to lose
     records: list[dict[str, Any]] = []
     cuda = arguments.device.startswith("cuda")
     with _progress(console) as progress:
@@ -380,8 +382,7 @@ def save(model: nn.Module, arguments: argparse.Namespace, records: list[dict[str
 
     `model.pt` has the adapters merged into the weights, and the classifier and running statistics with them.
     """
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(Path(arguments.out))
     plain: Any = model
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapters")  # type: ignore[operator]
@@ -458,6 +459,8 @@ def _parse(recipe: Recipe, description: str, given: Sequence[str] | None) -> arg
         value = getattr(parsed, name)
         if not (math.isfinite(value) and value > 0):
             raise BpfxError(f"--{name.replace('_', '-')} must be a positive number, not {value}.")
+    if not 0 <= parsed.seed < 2**63:
+        raise BpfxError(f"--seed must be at least 0 and below 2**63, not {parsed.seed}.")
     if parsed.device != "cpu" and not (parsed.device.startswith("cuda") and torch.cuda.is_available()):
         raise BpfxError(f"The device {parsed.device!r} is not available here; use cpu.")
     if parsed.out is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from zoo import Case
+from zoo import Case, Entry
 
 SEED = 1234
 RTOL = {torch.float64: 1e-6, torch.float32: 2e-4}
@@ -209,13 +210,34 @@ def drop_in(step: Any, batch: Any, seed: int = SEED) -> Reference:
     return Reference(loss.detach(), found, buffers(step.model))
 
 
-def check_bp(step: Any, case: Case, seed: int = SEED) -> None:
-    """The BP step equals autograd on the untouched model, buffers included."""
+def check_bp(step: Any, case: Case, seed: int = SEED) -> Reference:
+    """The BP step equals autograd on the untouched model, buffers included; what autograd found."""
     expected = bp_oracle(case, seed)
     actual = run(step.run_bp, case.batch, seed)
     assert_loss(actual.loss, expected.loss)
     assert_gradients(actual.grads, expected.grads)
     assert_buffers(buffers(step.model), expected.buffers)
+    return expected
+
+
+def check_is_a_test(entry: Entry, case: Case, expected: Reference) -> None:
+    """There are gradients to compare: a model whose gradients vanish at the start would pass whatever bpfx does."""
+    total = sum(grad.double().square().sum() for grad in expected.grads.values()) ** 0.5
+    trainable = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
+    seen = {name for name in trainable if name in expected.grads and expected.grads[name].norm() > 1e-9 * total}
+    share = 0.5 if entry.dead or "random_depth" in entry.tags else 0.9  # biases before a norm are zero in any model
+    assert len(seen) >= share * len(trainable)
+
+
+def check_owners(plan: Any, entry: Entry, model: nn.Module) -> None:
+    """Every parameter belongs to one block, except tied ones, which belong wherever they are used, and unused ones."""
+    count = Counter(name for block in plan.blocks for name in block.parameter_names)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert set(count) <= {name for name, _ in model.named_parameters()}
+    if not entry.dead:
+        assert wanted <= set(count)
+    shared = {name for name, times in count.items() if times > 1}
+    assert len(shared) == ("tied" in entry.tags)
 
 
 def check_local(step: Any, case: Case, cuts: Sequence[str], seed: int = SEED) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -81,27 +79,6 @@ def test_auto_makes_more_than_one_block(name: str) -> None:
 
 
 # --- every parameter has its place -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", zoo.names(large=False))
-def test_every_parameter_belongs_to_one_block(name: str) -> None:
-    """Except tied ones, which belong wherever they are used, and unused ones."""
-    entry = zoo.ZOO[name]
-    case = entry.case()
-    blocks = list(entry.cuts) or "auto"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", bpfx.BpfxWarning)
-        found = planned(case.model, case.loss_fn, case.batch, blocks=blocks)
-    count = Counter(name for block in found.blocks for name in block.parameter_names)
-    wanted = {name for name, parameter in case.model.named_parameters() if parameter.requires_grad}
-    names = {name for name, _ in case.model.named_parameters()}
-    assert set(count) <= names
-    if not entry.dead:
-        assert wanted <= set(count)
-    if "tied" not in entry.tags:
-        assert not {name for name, times in count.items() if times > 1}
-    else:
-        assert len({name for name, times in count.items() if times > 1}) == 1
 
 
 def test_blocks_know_their_parameters_by_object() -> None:

@@ -118,6 +118,11 @@ def test_exact_rows_train_as_bp(key: str) -> None:
     assert_close(trained("bp", case()), trained(key, case()))
 
 
+@pytest.mark.parametrize("key", ["local", "default"])
+def test_rows_by_the_trainer_train_as_those_by_the_loop(key: str) -> None:
+    assert_close(trained(key, case()), trained(f"{key}-serial", case()))
+
+
 def test_bp_and_local_by_turns_is_bp_with_period_1() -> None:
     made = case(period=1)
     assert_close(trained("bp", made), trained("pgl", made))
@@ -297,23 +302,28 @@ def test_complete_comparison_is_not_repeated(finished: Path, monkeypatch: pytest
     assert (finished / "compare.json").read_bytes() == before
 
 
-def test_stopped_comparison_continues_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ("bp", "offset")
+@pytest.mark.parametrize("row", ["offset", "default-serial"])
+def test_stopped_comparison_continues_to_the_same_numbers(
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ("bp", row)
     assert run(tmp_path / "whole", "--budget", "iterations", rows=rows) == 0
-    advance = Method.advance
+    read, began = runs.batches, []
 
-    def interrupted(self: Method, *batch: torch.Tensor) -> float:
-        if self.trainee.step is not None and self.iteration == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return advance(self, *batch)
+    def interrupted(train: Any, config: Config, start: int) -> Any:
+        began.append(start)
+        for number, batch in enumerate(read(train, config, start)):
+            if len(began) == 2 and number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
 
-    monkeypatch.setattr(Method, "advance", interrupted)
+    monkeypatch.setattr(runs, "batches", interrupted)
     assert run(tmp_path / "cut", "--budget", "iterations", rows=rows) == 130
-    monkeypatch.undo()
     assert (tmp_path / "cut" / "current.pt").exists() and (tmp_path / "cut" / "report.html").exists()
-    assert set(accuracies(tmp_path / "cut")["offset"]) == set()
+    assert set(accuracies(tmp_path / "cut")[row]) == set()
     assert "Unfinished: 1 of 2 runs" in (tmp_path / "cut" / "compare.md").read_text("utf-8")
     assert cli.main(["compare", "--resume", str(tmp_path / "cut")]) == 0
+    assert began == [0, 0, 3]
     assert accuracies(tmp_path / "cut") == accuracies(tmp_path / "whole")
     assert not (tmp_path / "cut" / "current.pt").exists()
 

@@ -157,7 +157,18 @@ class Alternating(Method):
 
 
 class Serial(Method):
-    """Exact BP by `bpfx.BlockTrainer`: block by block, optimizer included."""
+    """`bpfx.BlockTrainer`: block by block, optimizer included, each batch in pieces.
+
+    Args:
+        trainee: with its step.
+        case: settings.
+        mode: of the trainer.
+        cycle: as in `Method`.
+    """
+
+    def __init__(self, trainee: Trainee, case: Case, mode: str, cycle: int | None = 1) -> None:
+        self.mode = mode
+        super().__init__(trainee, case, cycle)
 
     def _prepare(self) -> None:
         assert self.trainee.step is not None
@@ -166,7 +177,7 @@ class Serial(Method):
             optimizer=_adamw(self.case),
             micro_batches=self.case.micro_batches,
             lr_scheduler=_cycle(self.case),
-            mode="bp",
+            mode=self.mode,
         )
 
     def advance(self, x: torch.Tensor, y: torch.Tensor) -> float:

@@ -77,13 +77,18 @@ ROWS: dict[str, Row] = {
         "exact BP, block by block",
         "Exact BP by bpfx.BlockTrainer(mode='bp') over {m} pieces: a block is recomputed, stepped and freed before the "
         "next one. As many pieces as in the row with micro-batches, and BatchNorm sees one piece here, too.",
-        lambda case: Serial(converted(case, None), case),
+        lambda case: Serial(converted(case, None), case, "bp"),
         exact=True,
     ),
     "local": Row(
         "local",
         "Every block learns from its own local loss; no gradient crosses a boundary, and nothing corrects it.",
         lambda case: Method(converted(case, None), case),
+    ),
+    "local-serial": Row(
+        "local, block by block",
+        "Local losses by bpfx.BlockTrainer over {m} pieces: a block is stepped and freed before the next one.",
+        lambda case: Serial(converted(case, None), case, "local"),
     ),
     "pgl": Row(
         "BP and local by turns",
@@ -114,6 +119,11 @@ ROWS: dict[str, Row] = {
         "bpfx's default",
         "bpfx.Offset() without an argument: what bpfx.convert does when nothing is said.",
         _with(lambda case: Offset()),
+    ),
+    "default-serial": Row(
+        "default, block by block",
+        "bpfx.Offset() by bpfx.BlockTrainer over {m} pieces: the same rules, at a fraction of the memory.",
+        lambda case: Serial(converted(case, Offset()), case, "local", cycle=None),
     ),
     "fresh": Row(
         "fresh small offset",

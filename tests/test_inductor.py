@@ -63,16 +63,16 @@ def test_a_block_without_random_draws_is_one_program() -> None:
     results = {}
     for compiler in ("eager", "inductor"):
         torch.manual_seed(0)
-        layers = [nn.Sequential(nn.Conv2d(3 if k == 0 else 8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for k in range(3)]
-        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(288, 4))
+        layers = [nn.Sequential(nn.Conv2d(3 if k == 0 else 8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for k in range(2)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 4))
         torch.manual_seed(1)
-        step = bpfx.convert(model, F.cross_entropy, batch, blocks=["1", "2"], offset=None, compile=compiler)
+        step = bpfx.convert(model, F.cross_entropy, batch, blocks=["1"], offset=None, compile=compiler)
         with warnings.catch_warnings():
             warnings.simplefilter("error", bpfx.BpfxWarning)  # a block that is not compiled as one program says so
             found = [step.run_local(*batch).grads, step.run_local(batch[0][:5], batch[1][:5]).grads]
         results[compiler] = [*found, dict(model.named_buffers())]
         if compiler == "inductor":
             programs = [p for p in step.local_step.children() if isinstance(p, LocalGradient)]
-            assert len(programs) == 3
+            assert len(programs) == 2
             assert all(isinstance(p.joint, JointGradient) and p.joint.run is not None for p in programs)
     torch.testing.assert_close(results["inductor"], results["eager"], rtol=1e-3, atol=1e-4)

@@ -253,7 +253,7 @@ VIT = tuple(f"encoder.layers.encoder_layer_{i}" for i in (3, 6, 9))
 LLAMA = ("model.layers.1", "model.layers.2")
 CONVS = ["conv1", "conv2", "conv3"]
 HARD = tags("hard")
-LARGE = tags("large")  # at full size: every architecture has a smaller entry for tests that need none
+LARGE = tags("large")  # at full depth: every architecture has a smaller entry for tests that need none
 
 
 def inside(cuts: tuple[str, ...]) -> tuple[str, ...]:
@@ -296,6 +296,13 @@ def _two_inputs(size: int) -> tuple[Tensor, Tensor]:
     return _noise(size, hard.WIDTH), _noise(size, hard.WIDTH).sin()
 
 
+def _vit_of_full_depth(size: int) -> Case:
+    import torchvision
+
+    shape = {"image_size": 32, "patch_size": 16, "num_layers": 12, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    return images(torchvision.models.VisionTransformer(num_classes=5, dropout=0.1, **shape), size, side=32)
+
+
 def _attention_adapters(size: int) -> Case:
     # a real ViT-B/16 cut down to three layers: the adapters are what is hard here, not the depth
     import torchvision
@@ -313,13 +320,11 @@ def _dense_memory(size: int) -> Case:
 
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1}
-VIT_B = vision("vit_b_16", side=32, image_size=32, dropout=0.1)
-
 ENTRIES: list[Entry] = [
     # torchvision and timm
     Entry("resnet18", vision("resnet18"), RESNET, size=4),
     Entry("resnet_bottleneck", shrunk(_bottlenecks), RESNET, size=4),
-    Entry("vit_b_16", VIT_B, VIT, tags=LARGE, dtype=torch.float32),
+    Entry("vit", _vit_of_full_depth, VIT),
     Entry("convnext", shrunk(_convnext), ("features.2", "features.4", "features.6")),
     Entry("mobilenet_v3_small", vision("mobilenet_v3_small"), ("features.4", "features.8"), size=4),
     Entry("densenet", shrunk(_densenet), tuple(f"features.denseblock{i}" for i in (2, 3, 4)), size=4),
@@ -347,14 +352,16 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "resnet50_lokr",
-        adapted(vision("resnet50"), "LoKrConfig", target_modules=CONVS, r=2),
+        adapted(vision("resnet50", width_per_group=16), "LoKrConfig", target_modules=CONVS, r=2),
         inside(RESNET),
         4,
         LARGE,
     ),
     Entry(
         "vit_b_16_lora",
-        adapted(VIT_B, "LoraConfig", target_modules=r".*mlp\.[03]", **LORA),
+        adapted(
+            vision("vit_b_16", side=32, image_size=32, dropout=0.1), "LoraConfig", target_modules=r".*mlp\.[03]", **LORA
+        ),
         inside(VIT),
         tags=LARGE,
         dtype=torch.float32,

@@ -27,7 +27,7 @@ from bpfx.compare.methods import Case, Method
 from bpfx.compare.record import Record
 from bpfx.compare.rows import ROWS
 from bpfx.compare.settings import Settings
-from bpfx.compare.table import Table
+from bpfx.compare.table import COLUMNS, Table
 from bpfx.errors import BpfxError
 
 ROWS_OF_THE_RUN = ("bp", "checkpointing", "serial", "offset")
@@ -468,3 +468,17 @@ def test_table_of_nothing_is_empty(tmp_path: Path) -> None:
     table = Table.of(Record(tmp_path, Settings(CONFIG, rows=("bp", "local"), seeds=(0,))))
     assert [line.accuracy for line in table.lines] == [[], []] and not table.summary
     assert list(table.columns()) == ["label", "cosine"]  # of what is known before anything has run
+
+
+# --- the stored one ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_stored_comparison() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "compare.md").read_text("utf-8")
+    shown = page.split("<!-- stored comparison -->\n")[1].split("<!-- /stored comparison -->")[0].splitlines()
+    record = Record.load(root / "benchmarks" / "results" / "compare")
+    columns = ("label", "accuracy", "ratio", "timed", "iterations", "share")
+    stored = [COLUMNS, *(line.cells() for line in Table.of(record).lines)]
+    assert [shown[0], *shown[2:]] == ["| " + " | ".join(row[c] for c in columns) + " |" for row in stored]
+    assert record.settings.command(*record.settings.rows) in page

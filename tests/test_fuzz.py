@@ -14,7 +14,7 @@ import torch
 from fuzz import hunt
 from fuzz_model import Layer, Op, Recipe
 
-PARTS, EXAMPLES = 4, 15
+PARTS, EXAMPLES = 4, 10
 SEEN: set[Any] = set()  # by this process
 
 

@@ -344,24 +344,30 @@ def values(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: dict(points) for tag, points in events(folder).items() if tag != "seconds"}
 
 
-@pytest.mark.parametrize("call", [2, 5])
 def test_a_run_that_was_killed_has_the_logs_of_one_that_was_not(
-    call: int, tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Killed before its first checkpoint, and then between two."""
     folder = tmp_path / "killed"
-    original, calls = train.Trainee.__call__, [0]
+    original = train.Trainee.__call__
 
-    def step(self: train.Trainee, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        loss = original(self, x, y)
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed  # after the refresh, and before the step counts
-        return loss
+    def run_until(call: int, *command: str) -> None:
+        calls = [0]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainee, "__call__", step)
-        with pytest.raises(Killed):
-            cli.main(["train", *TINY, "--out", str(folder)])
+        def step(self: train.Trainee, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            loss = original(self, x, y)
+            calls[0] += 1
+            if calls[0] == call:
+                raise Killed  # after the refresh, and before the step counts
+            return loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainee, "__call__", step)
+            with pytest.raises(Killed):
+                cli.main(list(command))
+
+    run_until(2, "train", *TINY, "--out", str(folder))
+    run_until(5, "train", "--resume", str(folder))
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert (folder / "refreshes.csv").read_bytes() == (whole_run / "refreshes.csv").read_bytes()
     assert values(folder / "tensorboard" / "offset") == values(whole_run / "tensorboard" / "offset")

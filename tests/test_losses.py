@@ -235,7 +235,7 @@ class Stack(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(1, 10, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(4))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Conv2d(10, 10, 3, padding=1)) for _ in range(3))
         self.head = nn.Linear(10, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,27 +246,21 @@ class Stack(nn.Module):
 
 
 def test_compiled_losses_are_the_eager_ones() -> None:
-    """One loss per block, so that one compilation covers them; it takes half a minute where nothing is cached."""
+    """One loss per block, so that one compilation covers them; it takes a while where nothing is cached."""
     chosen: dict[Any, Any] = {
-        0: "predsim", 1: losses.LoCo(augment=lambda x: x.flip(-1)), 2: "gim",
-        3: losses.ForwardForward(variant="channels"),
+        0: "predsim", 1: losses.LoCo(augment=lambda x: x.flip(-1)), 2: losses.ForwardForward(variant="channels"),
     }  # fmt: skip
     results = []
     for backend in ("eager", "inductor"):
         torch.manual_seed(1)
         step = bpfx.convert(
-            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(4)], local_loss=chosen, horizon=1,
+            Stack(), F.cross_entropy, batch(), blocks=[f"blocks.{k}" for k in range(3)], local_loss=chosen, horizon=1,
             offset=None, compile=backend,
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("error", bpfx.BpfxWarning)  # a block that is not compiled as one program says so
             results.append(run(step.run_local, batch()))
     eager, compiled = results
-    drawn = 2  # gim draws its negatives, and compiled code draws others
-    for k, (a, b) in enumerate(zip(compiled.local_losses, eager.local_losses, strict=True)):
-        assert a.isfinite()
-        if k != drawn:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    same = [n for n in eager.grads if not n.startswith((f"blocks.{drawn - 1}.", f"bpfx.heads.{drawn}."))]
-    assert len(same) > 20
-    assert_gradients({n: compiled.grads[n] for n in same}, {n: eager.grads[n] for n in same}, rtol=1e-3)
+    assert len(compiled.local_losses) == 4
+    torch.testing.assert_close(compiled.local_losses, eager.local_losses, rtol=1e-4, atol=1e-5)
+    assert_gradients(compiled.grads, eager.grads, rtol=1e-3)

@@ -355,10 +355,10 @@ def test_a_generous_budget_changes_nothing() -> None:
 
 
 def test_a_smaller_budget_takes_no_fewer_blocks() -> None:
-    model, batch = transformer()
+    model, batch = transformer(depth=4)
     bp = measure_peak(lambda: backward(model, batch)).peak_bytes
     counts = []
-    for share in (0.8, 0.4, 0.25):
+    for share in (0.6, 0.25):
         found = bpfx.plan(model, F.cross_entropy, batch, memory_budget=int(share * bp))
         counts.append((len(found.blocks), found.micro_batches))
     assert counts == sorted(counts)

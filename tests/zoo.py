@@ -125,6 +125,10 @@ def _bottlenecks(models: Any) -> nn.Module:
     return models.ResNet(models.resnet.Bottleneck, [1, 2, 1, 1], num_classes=5, width_per_group=16)
 
 
+def _basics(models: Any) -> nn.Module:
+    return models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+
 def _densenet(models: Any) -> nn.Module:
     return models.DenseNet(8, (4, 2, 2, 2), 16, drop_rate=0.1, num_classes=5)
 
@@ -358,13 +362,10 @@ ENTRIES: list[Entry] = [
         LARGE,
     ),
     Entry(
-        "vit_b_16_lora",
-        adapted(
-            vision("vit_b_16", side=32, image_size=32, dropout=0.1), "LoraConfig", target_modules=r".*mlp\.[03]", **LORA
-        ),
+        "vit_lora",
+        adapted(_vit_of_full_depth, "LoraConfig", target_modules=r".*mlp\.[03]", **LORA),
         inside(VIT),
         tags=LARGE,
-        dtype=torch.float32,
     ),
     Entry(
         "vit_lokr",
@@ -375,15 +376,15 @@ ENTRIES: list[Entry] = [
     Entry("llama_lokr", adapted(llama, "LoKrConfig", target_modules=["q_proj", "v_proj"], r=2), inside(LLAMA)),
     # hard to capture
     Entry(
-        "resnet18_lokr",
-        adapted(vision("resnet18"), "LoKrConfig", target_modules=CONVS[:2], r=2),
+        "resnet_basic_lokr",
+        adapted(shrunk(_basics), "LoKrConfig", target_modules=CONVS[:2], r=2),
         inside(RESNET),
         4,
         HARD,
     ),
     Entry(
-        "resnet18_loha",
-        adapted(vision("resnet18"), "LoHaConfig", target_modules=CONVS[:2], r=2),
+        "resnet_basic_loha",
+        adapted(shrunk(_basics), "LoHaConfig", target_modules=CONVS[:2], r=2),
         inside(RESNET),
         4,
         HARD,
@@ -403,7 +404,7 @@ ENTRIES: list[Entry] = [
     ),
     Entry(
         "peft_by_keyword",
-        by_keyword(adapted(vision("resnet18"), "LoraConfig", target_modules=CONVS[:2], **LORA), "x"),
+        by_keyword(adapted(shrunk(_basics), "LoraConfig", target_modules=CONVS[:2], **LORA), "x"),
         inside(RESNET),
         4,
         HARD,
